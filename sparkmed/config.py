@@ -1,0 +1,403 @@
+"""The config: one strict YAML file says everything a project does.
+
+Every section is frozen; an unknown key is an error that names the nearest known one; every default works on a laptop.
+"""
+
+import difflib
+import hashlib
+import json
+import pathlib
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparkmed.rejection import InputError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Mm = Annotated[float, Field(gt=0)]
+Split = Literal["train", "val", "test"]
+
+
+class Section(BaseModel):
+    """Base of every part of the config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Component(Section):
+    """A class of MONAI or torch by name; every other key is passed to its constructor."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Identity(Section):
+    """How patients become subjects."""
+
+    keep_subjects: bool = False
+    """True for public data whose subject names are code names already; otherwise a subject is an HMAC of its name."""
+    key_file: str | None = None
+    """File that holds the HMAC key; without it and without ``key_env`` a key is made in the lake, readable by its owner only."""
+    key_env: str = "SPARKMED_KEY"
+    """Environment variable that holds the HMAC key; used when set and ``key_file`` is not given."""
+
+
+class Catalog(Section):
+    """Which files are looked at, and what an archive member may weigh."""
+
+    exclude: tuple[str, ...] = ()
+    """Path patterns relative to the archive that are not looked at, such as ``**/thumbnails/*``."""
+    max_member_bytes: Positive = 4 << 30
+    """Largest size in bytes of one member of a zip or tar."""
+    max_ratio: Positive = 1000
+    """Largest ratio of unpacked to packed size of a member: beyond it the member is a bomb."""
+    max_refused: Share = 0.5
+    """Share of refused files above which the stage fails."""
+
+
+class Labels(Section):
+    """Where the truth is: one of a path pattern, a CSV, or the ``{class}`` of the image pattern."""
+
+    pattern: str | None = None
+    """Path of the label image of ``{subject}``, such as ``labelsTr/{subject}.nii.gz``."""
+    csv: str | None = None
+    """Path of a CSV (inside the archive, or a URL) with ``subject`` or ``path``, ``label``, and maybe ``split``. ``label`` is a
+    class name or index for classification, the path of a label image for segmentation."""
+    allow_missing: bool = False
+    """True lets images without a label in: they are scored and never trained on."""
+
+
+class Splits(Section):
+    """Who is trained on. A stable hash of the subject, unless the image pattern has ``{split}`` or the CSV a ``split``."""
+
+    train: Share = 0.7
+    val: Share = 0.15
+    test: Share = 0.15
+    rename: dict[str, Split] = {}
+    """What given names mean, such as ``{val: test}``."""
+    val_from_train: Share = 0.0
+    """Share of the subjects of a given ``train`` that a stable hash moves to ``val``."""
+
+    @model_validator(mode="after")
+    def _sum_is_one(self):
+        if abs(self.train + self.val + self.test - 1) > 1e-6:
+            raise ValueError(f"train + val + test is {self.train + self.val + self.test:g}, wanted 1")
+        return self
+
+
+class Volumes(Section):
+    """Which files are images, and what belongs to them."""
+
+    images: str | tuple[str, ...] | None = None
+    """Path pattern(s) with ``{subject}``, ``{class}``, ``{split}``, ``*`` and ``**``; a member of an archive is
+    ``folder/a.zip/member.dcm``. None: every image that is not a label."""
+    labels: Labels = Labels()
+    splits: Splits = Splits()
+    max_refused: Share = 0.5
+    """Share of refused volumes above which the stage fails."""
+
+
+class Intensity(Section):
+    """How values are brought to a common scale."""
+
+    kind: Literal["none", "zscore", "window", "percentile"] = "zscore"
+    """``zscore``: mean 0, deviation 1 per channel. ``window``: [low, high] to [0, 1]. ``percentile``: likewise between two percentiles."""
+    low: float | None = None
+    """Lower end: a value (``window``, HU for CT) or a percentile (``percentile``, default 0.5)."""
+    high: float | None = None
+    """Upper end: a value or a percentile (default 99.5)."""
+    nonzero: bool = False
+    """True takes statistics over the voxels that are not 0."""
+
+    @model_validator(mode="after")
+    def _window_has_ends(self):
+        if self.kind == "window" and (self.low is None or self.high is None or self.low >= self.high):
+            raise ValueError(f"kind window wants low < high, got {self.low} and {self.high}")
+        return self
+
+
+class Preprocess(Section):
+    """What happens to an image before a network sees it; training and scoring run this same spec."""
+
+    orientation: Annotated[str, Field(pattern="^[RLAPSI]{3}$")] | None = "RAS"
+    """Axis codes after reorientation; None leaves the stored order (2-D images)."""
+    spacing: tuple[Mm, Mm, Mm] | None = None
+    """Voxel spacing in mm after resampling; None keeps the image's own."""
+    size: tuple[Positive, Positive, Positive] | None = None
+    """(I, J, K) that the whole image is resampled to (classification); None keeps the shape."""
+    channels: Literal["keep", "gray"] = "keep"
+    """``gray`` makes one luminance channel of colours."""
+    intensity: Intensity = Intensity()
+
+
+class Patches(Section):
+    """How volumes are cut and written."""
+
+    size: tuple[Positive, Positive, Positive] = (32, 32, 32)
+    """(I, J, K) of a patch in voxels after preprocessing; a smaller image is padded."""
+    sampler: Literal["grid", "random", "balanced", "foreground"] = "random"
+    """How training patches are placed; validation and test are always cut on the grid, so that each voxel is judged."""
+    per_volume: Positive = 8
+    """Patches per volume (all samplers but grid)."""
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a patch that the next one repeats (grid)."""
+    foreground: Share = 0.67
+    """Share of patches centred on a voxel that is not class 0 (foreground)."""
+    class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """Share of patches centred on each class (balanced); None: equal."""
+    compression: Literal["none", "zstd", "snappy"] = "zstd"
+    row_group_mb: Annotated[float, Field(gt=0)] = 8.0
+    """Size of a row group in MB before compression; smaller when the ranks need more groups."""
+    file_mb: Annotated[float, Field(gt=0)] = 128.0
+    """Size of a Parquet file in MB before compression; also what a Spark task holds in memory."""
+
+
+class Optimizer(Component):
+    """A class of ``torch.optim`` by name."""
+
+    name: str = "AdamW"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of one process; scaled by the number of processes as ``scale_lr`` says."""
+
+
+class Augment(Section):
+    """Random changes of training batches, on the device; labels follow with nearest neighbour. 0 switches one off."""
+
+    flip: tuple[Literal[0, 1, 2], ...] = ()
+    """Axes I, J, K that are mirrored with probability 1/2."""
+    rotate: Annotated[float, Field(ge=0)] = 0.0
+    """Largest rotation in degrees (about every axis in 3-D, in the plane in 2-D)."""
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Zoom between 1 - scale and 1 + scale."""
+    translate: Annotated[float, Field(ge=0)] = 0.0
+    """Largest shift in voxels."""
+    elastic: Annotated[float, Field(ge=0)] = 0.0
+    """Largest displacement in voxels of a smooth deformation."""
+    gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Exponent between 1/(1 + gamma) and 1 + gamma on values scaled to [0, 1]."""
+    brightness: Annotated[float, Field(ge=0)] = 0.0
+    """Largest shift of the values."""
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Factor on the values between 1 - contrast and 1 + contrast."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Largest standard deviation of added Gaussian noise."""
+
+
+class Train(Section):
+    """The network, and how it learns."""
+
+    network: Component = Component(name="UNet", channels=[16, 32, 64, 128], strides=[2, 2, 2], num_res_units=2, norm="instance")
+    """A class of ``monai.networks.nets`` by name; channels in and out come from the data and the classes."""
+    loss: Component | None = None
+    """A class of ``monai.losses`` or ``torch.nn``; None: DiceCELoss for segmentation, CrossEntropyLoss for classification."""
+    metric: Component | None = None
+    """A class of ``monai.metrics``; None: DiceMetric for segmentation, ROCAUCMetric for classification. Higher is better."""
+    optimizer: Optimizer = Optimizer()
+    processes: Positive = 2
+    """Horovod ranks, one per Spark task slot; 1 trains in this process."""
+    threads: Positive | None = None
+    """Torch threads per rank; None: the machine's cores divided by the ranks on it."""
+    batch_size: Positive = 4
+    """Patches per rank and step."""
+    epochs: Positive = 50
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop after the epoch that passes this time, whatever ``epochs`` says."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 3
+    """Epochs over which the learning rate rises from that of one process to the scaled one (Goyal et al. 2017, arXiv:1706.02677)."""
+    scale_lr: Literal["linear", "sqrt", "none"] = "linear"
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    patience: Positive | None = 15
+    """Epochs without a better validation metric before stopping; None never stops early."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 12.0
+    """Largest gradient norm."""
+    augment: Augment = Augment()
+    initial_weights: str | None = None
+    """URL of safetensors weights to start from (transfer learning); layers of another shape keep their initial values."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    keep_checkpoints: Positive = 2
+    """How many of the last checkpoints stay beside the best."""
+    start_timeout: Positive = 120
+    """Seconds to wait for all ranks."""
+
+
+class Promote(Section):
+    """The gate before the champion. The measure is the mean over subjects of Dice over foreground classes, or of correctness."""
+
+    minimum: Share = 0.0
+    """Smallest mean on the test split."""
+    margin: float = 0.0
+    """The lower end of the paired bootstrap interval of (challenger - champion) must be above this."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Positive = 2000
+
+
+class Score(Section):
+    """How new volumes are predicted."""
+
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of a window that the next one repeats."""
+    blending: Literal["gaussian", "constant"] = "gaussian"
+    window_batch: Positive = 4
+    """Windows per forward pass."""
+    commit_every: Positive = 256
+    """Volumes per commit to the predictions table."""
+    max_refused: Share = 0.1
+    """Share of volumes that may fail before the stage does."""
+
+
+class Tracking(Section):
+    """Where MLflow is."""
+
+    uri: str | None = None
+    """Tracking URI; None: SQLite inside the lake. Only the driver speaks to it."""
+    experiment: str | None = None
+    """None: the project's name."""
+    model: str | None = None
+    """Registered model name; None: the project's name."""
+
+
+class Spark(Section):
+    """Where Spark is, when the program is not started by spark-submit."""
+
+    master: str = "local[2]"
+    conf: dict[str, str] = {}
+    """Spark settings by their own names."""
+
+
+class Config(Section):
+    """One project: all stages."""
+
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]
+    task: Literal["segmentation", "classification"]
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Class names by label value; class 0 of a segmentation is the background."""
+    archive: str
+    """Folder or URL of the images."""
+    lake: str = "./lake"
+    """Folder or URL for all tables, datasets and models."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    identity: Identity = Identity()
+    catalog: Catalog = Catalog()
+    volumes: Volumes = Volumes()
+    preprocess: Preprocess = Preprocess()
+    patches: Patches = Patches()
+    train: Train = Train()
+    promote: Promote = Promote()
+    score: Score = Score()
+    tracking: Tracking = Tracking()
+    spark: Spark = Spark()
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes repeat: {list(self.classes)}")
+        weights = self.patches.class_weights
+        if weights is not None and (len(weights) != len(self.classes) or sum(weights) == 0):
+            raise ValueError(f"patches.class_weights wants one weight per class, {len(self.classes)} of them and not all 0; got {list(weights)}")
+        if self.task == "classification" and self.preprocess.size is None:
+            raise ValueError("classification wants preprocess.size: every image is resampled to one shape")
+        if self.task == "classification" and self.patches.sampler in ("balanced", "foreground"):
+            raise ValueError(f"patches.sampler {self.patches.sampler} needs label images; classification takes grid or random")
+        if self.volumes.labels.pattern and self.volumes.labels.csv:
+            raise ValueError("volumes.labels has both pattern and csv, wanted one")
+        return self
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of the canonical JSON of sections and plain values, in hex.
+
+    >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+    True
+    """
+    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load(path: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with ``key.sub=value`` overrides applied; an :class:`InputError` says what is wrong."""
+    try:
+        text = pathlib.Path(path).read_text()
+    except OSError as e:
+        raise InputError(f"config {path}: {e.strerror or e}") from None
+    try:
+        data = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as e:
+        raise InputError(f"config {path}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"config {path}: wanted a mapping of keys, got {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    return parse(data, path)
+
+
+def parse(data: dict, source: str = "config") -> Config:
+    """The config in plain data."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as e:
+        raise InputError(f"{source}: " + "; ".join(_sentence(x) for x in e.errors())) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's 1.1 loader keeps the last of two equal keys; here that is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for k in keys:
+            if keys.count(k) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {k!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _override(data: dict, override: str):
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: wanted key=value, such as train.epochs=3")
+    *parents, last = key.split(".")
+    for p in parents:
+        data = data.setdefault(p, {})
+        if not isinstance(data, dict):
+            raise InputError(f"override {override!r}: {p} is a value, not a section")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        data[last] = value
+
+
+def _sentence(error: dict) -> str:
+    location = [str(x) for x in error["loc"]]
+    where = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _fields(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, 1, 0.0)
+        return f"unknown key {where}" + (f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "")
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    given = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+    return (f"{where}: " if where else "") + error["msg"].removeprefix("Value error, ") + given
+
+
+def _fields(location: list[str]) -> list[str]:
+    """Known keys of the section at ``location``."""
+    section: type[BaseModel] = Config
+    for name in location:
+        field = section.model_fields.get(name)
+        options = [] if field is None else _options(field.annotation)
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _options(annotation) -> list:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return list(typing.get_args(annotation))
+    return [annotation]

@@ -1,0 +1,183 @@
+"""The one place where URLs are opened: any fsspec URL, and plain local paths."""
+
+import json
+import os
+import pathlib
+import posixpath
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, unquote
+
+import fsspec
+
+
+@dataclass(frozen=True)
+class File:
+    """A file below a folder: ``uri``, ``path`` relative to that folder with forward slashes, bytes, modification time."""
+
+    uri: str
+    path: str
+    size: int
+    mtime_ns: int
+
+
+def absolute(url: str | os.PathLike) -> str:
+    """``url`` with its scheme; a local path becomes ``file:///...``. The path stays as it is spelt: no percent-encoding.
+
+    >>> absolute("/data/a b")
+    'file:///data/a b'
+    >>> absolute("s3://bucket/x")
+    's3://bucket/x'
+    """
+    url = os.fspath(url)
+    if url.startswith("dbfs:/"):  # Databricks mounts DBFS as a folder on every node
+        return absolute("/dbfs/" + url.removeprefix("dbfs:").lstrip("/"))
+    if url.startswith("file:"):
+        url = "/" + url.removeprefix("file:").lstrip("/")
+    if "://" in url:
+        return url.rstrip("/")
+    return "file://" + os.path.abspath(os.path.expanduser(url))
+
+
+def local_path(url: str) -> pathlib.Path | None:
+    """The path of a local URL, None of a remote one."""
+    url = absolute(url)
+    return pathlib.Path(url.removeprefix("file://")) if url.startswith("file://") else None
+
+
+def join(url: str, *parts: str) -> str:
+    """``parts`` below ``url``."""
+    return posixpath.join(absolute(url), *(str(p).strip("/") for p in parts))
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of ``url`` and the path in it."""
+    fs, path = fsspec.core.url_to_fs(absolute(url))
+    return fs, path
+
+
+def open(url: str, mode: str = "rb"):
+    """A file object; seekable when reading."""
+    fs, path = filesystem(url)
+    return fs.open(path, mode)
+
+
+def walk(url: str) -> Iterator[File]:
+    """All files below ``url`` in the order of their paths; a single file is itself. Links out of the folder are not followed.
+
+    Raises :class:`FileNotFoundError` when there is nothing at ``url``.
+    """
+    root = local_path(url)
+    yield from _walk_local(root) if root is not None else _walk_remote(url)
+
+
+def _walk_local(root: pathlib.Path) -> Iterator[File]:
+    if root.is_file():
+        status = root.stat()
+        yield File(f"file://{root}", root.name, status.st_size, status.st_mtime_ns)
+        return
+    if not root.is_dir():
+        raise FileNotFoundError(root)
+    # one level is held at a time; a name sorts as its whole path would ("a.b" before "a/b")
+    def entries(folder: str, prefix: str):
+        with os.scandir(folder) as listing:
+            for entry in sorted(listing, key=lambda e: e.name + ("/" if e.is_dir(follow_symlinks=False) else "")):
+                if entry.is_dir(follow_symlinks=False):
+                    yield from entries(entry.path, f"{prefix}{entry.name}/")
+                elif entry.is_symlink() and not _inside(entry.path, root):
+                    continue
+                elif entry.is_file():
+                    status = entry.stat()
+                    yield File(f"file://{entry.path}", prefix + entry.name, status.st_size, status.st_mtime_ns)
+
+    yield from entries(str(root), "")
+
+
+def _inside(path: str, root: pathlib.Path) -> bool:
+    return os.path.realpath(path).startswith(os.path.realpath(root) + os.sep)
+
+
+def _walk_remote(url: str) -> Iterator[File]:
+    fs, root = filesystem(url)
+    found = fs.find(root, detail=True)
+    if not found:
+        raise FileNotFoundError(url)
+    for path in sorted(found):
+        info = found[path]
+        changed = info.get("mtime") or info.get("LastModified") or info.get("created") or 0
+        seconds = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
+        relative = path[len(root) :].lstrip("/") or posixpath.basename(path)
+        yield File(fs.unstrip_protocol(path), relative, int(info["size"]), int(seconds * 1e9))
+
+
+def exists(url: str) -> bool:
+    fs, path = filesystem(url)
+    return fs.exists(path)
+
+
+def read_bytes(url: str) -> bytes:
+    with open(url) as f:
+        return f.read()
+
+
+def write_bytes(url: str, data: bytes):
+    """Write a whole file or nothing: a reader never sees half of it."""
+    fs, path = filesystem(url)
+    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    if local_path(url) is None:
+        fs.pipe_file(path, data)  # object stores show an object when its last byte is there
+        return
+    partial = f"{posixpath.dirname(path)}/.{posixpath.basename(path)}.{uuid.uuid4().hex}.partial"
+    try:
+        with fs.open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        if os.path.exists(partial):
+            os.remove(partial)
+        raise
+
+
+def read_json(url: str) -> Any:
+    return json.loads(read_bytes(url))
+
+
+def write_json(url: str, value: Any):
+    write_bytes(url, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def makedirs(url: str):
+    fs, path = filesystem(url)
+    fs.makedirs(path, exist_ok=True)
+
+
+def remove(url: str, recursive: bool = False):
+    fs, path = filesystem(url)
+    fs.rm(path, recursive=recursive)
+
+
+def move(source: str, target: str):
+    """Rename; one atomic step for a local folder whose target does not exist."""
+    fs, path = filesystem(source)
+    if local_path(source) is not None:
+        os.makedirs(os.path.dirname(local_path(target)), exist_ok=True)
+        os.rename(local_path(source), local_path(target))
+    else:
+        fs.mv(path, filesystem(target)[1], recursive=True)
+
+
+def component(text: str) -> str:
+    """``text`` as one safe path component; :func:`unquote` gives it back.
+
+    >>> component("a/b c")
+    'a%2Fb%20c'
+    """
+    return quote(text, safe="")
+
+
+def text(path_component: str) -> str:
+    return unquote(path_component)
