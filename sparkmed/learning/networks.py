@@ -1,0 +1,74 @@
+"""Networks of MONAI by name, all called with (B, C, I, J, K)."""
+
+import monai.networks.nets
+import torch
+from torch import Tensor, nn
+
+from sparkmed.config import Component
+from sparkmed.learning import components
+from sparkmed.rejection import InputError
+
+
+class InPlane(nn.Module):
+    """A 2-D network called with (B, C, I, J, 1); a map that comes out gets its K = 1 back, class scores stay (B, classes)."""
+
+    def __init__(self, plane: nn.Module):
+        super().__init__()
+        self.plane = plane
+
+    def forward(self, batch: Tensor):
+        if batch.ndim != 5 or batch.shape[4] != 1:
+            raise ValueError(f"a 2-D network takes (B, C, I, J, 1); got {tuple(batch.shape)}")
+        return _with_depth(self.plane(batch[..., 0]))
+
+
+def _with_depth(output):
+    if isinstance(output, (list, tuple)):
+        return type(output)(_with_depth(o) for o in output)
+    return output.unsqueeze(-1) if output.ndim > 2 else output
+
+
+def spatial_dims(size: tuple[int, int, int]) -> int:
+    """2 when patches of ``size`` (I, J, K) are planes, else 3."""
+    return 2 if size[2] == 1 else 3
+
+
+def build(component: Component, in_channels: int, out_channels: int, spatial_dims: int) -> nn.Module:
+    """A network of ``monai.networks.nets`` that takes (B, ``in_channels``, I, J, K).
+
+    Returns (B, ``out_channels``, I, J, K) class scores before softmax from a segmentation network, (B, ``out_channels``) from
+    a classifier; with deep supervision a list of them while training. ``spatial_dims`` 2 wants K = 1. Never downloads weights.
+    Raises :class:`InputError` for a name or an argument that is not MONAI's, naming the nearest.
+    """
+    if spatial_dims not in (2, 3):
+        raise InputError(f"network {component.name}: spatial_dims {spatial_dims}, wanted 2 or 3")
+    factory = components.find(component, [monai.networks.nets], "network")
+    given = {
+        "spatial_dims": spatial_dims, "in_channels": in_channels, "n_input_channels": in_channels, "out_channels": out_channels,
+        "num_classes": out_channels, "pretrained": False, "classification": True,
+    }  # fmt: skip
+    network = components.create(factory, component, "network", given)
+    if not isinstance(network, nn.Module):
+        raise InputError(f"network {component.name} is not a network but a {type(network).__name__}")
+    return InPlane(network) if spatial_dims == 2 else network
+
+
+def primary(output: Tensor | list[Tensor] | tuple) -> Tensor:
+    """The one output that counts at inference: the first of several (deep supervision, hidden states)."""
+    return output[0] if isinstance(output, (list, tuple)) else output
+
+
+def load_matching(network: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Copy into ``network`` the weights whose name and shape it has; returns the names of its layers that kept their values.
+
+    The names of a 2-D network are tried with and without the prefix of :class:`InPlane`. Raises :class:`InputError` when
+    nothing fits.
+    """
+    state = network.state_dict()
+    spelt = weights | {f"plane.{k}": v for k, v in weights.items()} | {k.removeprefix("plane."): v for k, v in weights.items()}
+    fitting = {k: spelt[k] for k, v in state.items() if k in spelt and spelt[k].shape == v.shape}
+    if not fitting:
+        raise InputError(f"initial weights: none of {len(weights)} layers has a name and a shape of the network's {len(state)}")
+    with torch.no_grad():
+        network.load_state_dict(state | fitting)
+    return [k for k in state if k not in fitting]
