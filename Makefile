@@ -1,0 +1,25 @@
+# Two commands: `make demo` and `make test`. `make help` lists the rest.
+.PHONY: help demo test lint horovod environment clean
+.DEFAULT_GOAL := help
+
+help: ## what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+demo: environment ## a phantom archive and the whole path on it (DIR=folder)
+	.venv/bin/sparkmed demo $(if $(DIR),"$(DIR)")
+
+test: environment ## all tests (ARGS="tests/imaging -k resample" for some; SPARKMED_TEST_DATA=folder for those on real data)
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: environment ## what ruff says
+	.venv/bin/ruff check .
+
+horovod: environment ## the Horovod wheel for this torch; prints where it is
+	@.venv/bin/python conf/environment/horovod_wheel.py
+
+environment: ## .venv as requirements.lock wants it; nothing when it is there
+	@python=$$(bash conf/environment/check.sh) && "$$python" conf/environment/install.py
+
+clean: ## remove .venv and what the tools left; the Horovod wheel stays in its cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis spark-warehouse
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
