@@ -1,0 +1,76 @@
+"""The one way from an image to what a network sees; training and scoring both take it.
+
+Colours to gray, orientation, spacing or size, intensity, in this order. The label of an image takes the same way without
+colours and intensity, by nearest neighbour.
+"""
+
+import numpy as np
+
+from sparkmed.config import Preprocess
+from sparkmed.imaging import geometry, intensity, labels, resample
+from sparkmed.imaging.geometry import Grid, Placed
+from sparkmed.imaging.volume import Volume
+from sparkmed.rejection import InputError, Refused
+
+_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green, blue: ITU-R BT.601
+
+
+def apply(volume: Volume, spec: Preprocess, label: Volume | None = None) -> Volume | tuple[Volume, Volume]:
+    """The image as ``spec`` wants it: (C, I', J', K') float32 with its affine; with ``label`` the pair of them.
+
+    The label comes back on the very grid of the image, with its dtype and no value that it had not. It may be stored in
+    another orientation than the image. Raises :class:`Refused` ``CHANNELS``, ``NOT_FINITE``, ``VOXEL_TYPE``,
+    ``SINGLETON_AXIS``, ``TOO_LARGE`` or ``LABEL_GRID_MISMATCH``.
+    """
+    grid = output_grid(volume, spec)
+    image = volume.with_array(_gray(volume.array)) if spec.channels == "gray" else volume
+    image = _placed(image, spec, grid, order=1)
+    image = image.with_array(intensity.normalise(image.array, spec.intensity))
+    if label is None:
+        return image
+    label = labels.on_grid(label, volume.affine, volume.spatial_shape)
+    return image, _placed(label, spec, grid, order=0)
+
+
+def output_grid(grid: Placed, spec: Preprocess) -> Grid:
+    """The grid of the image after :func:`apply`, from the grid alone."""
+    if spec.spacing is not None and spec.size is not None:
+        raise InputError("preprocess has both spacing and size; the size of the whole image sets its spacing: wanted one")
+    grid = geometry.grid_of(grid)
+    if spec.orientation is not None:
+        grid = geometry.reoriented(grid, spec.orientation)
+    if spec.spacing is not None:
+        grid = resample.spaced(grid, spec.spacing)
+    if spec.size is not None:
+        grid = resample.sized(grid, spec.size)
+    return grid
+
+
+def output_shape(spatial_shape: tuple[int, int, int], affine: np.ndarray, spec: Preprocess) -> tuple[int, int, int]:
+    """(I', J', K') of the image after :func:`apply`."""
+    return output_grid(Grid(affine, spatial_shape), spec).spatial_shape
+
+
+def to_input_grid(scores: Volume, reference: Placed) -> Volume:
+    """(C, I, J, K) float32 scores at the voxels of the image they were made from, by linear interpolation.
+
+    ``scores`` are on the preprocessed grid, ``reference`` is the image before preprocessing. Channels that add up to 1
+    do so afterwards, and no voxel of the image is left without.
+    """
+    back = resample.to_grid(scores, reference.affine, reference.spatial_shape, order=1, cval=None)
+    return back.with_array(back.array.astype(np.float32, copy=False), np.asarray(reference.affine, np.float64))
+
+
+def _placed(volume: Volume, spec: Preprocess, grid: Grid, order: int) -> Volume:
+    if spec.orientation is not None:
+        volume = geometry.reorient(volume, spec.orientation)
+    return resample.to_grid(volume, grid.affine, grid.spatial_shape, order, cval=None)
+
+
+def _gray(array: np.ndarray) -> np.ndarray:
+    """(1, I, J, K) luminance of one channel (as it is) or of red, green and blue (float32)."""
+    if len(array) == 1:
+        return array
+    if len(array) != 3:
+        raise Refused("CHANNELS", f"preprocess.channels gray takes 1 or 3 channels, this image has {len(array)}")
+    return np.tensordot(_LUMINANCE, array.astype(np.float32), axes=1)[None]
