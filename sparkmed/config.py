@@ -109,7 +109,8 @@ class Intensity(Section):
     """How values are brought to a common scale."""
 
     kind: Literal["none", "zscore", "window", "percentile"] = "zscore"
-    """``zscore``: mean 0, deviation 1 per channel. ``window``: [low, high] to [0, 1]. ``percentile``: likewise between two percentiles."""
+    """``zscore``: mean 0, deviation 1 per channel. ``window``: [low, high] to [0, 1]. ``percentile``: the same between two
+    percentiles."""
     low: float | None = None
     """Lower end: a value (``window``, HU for CT) or a percentile (``percentile``, default 0.5)."""
     high: float | None = None
@@ -142,9 +143,10 @@ class Patches(Section):
     """How volumes are cut and written."""
 
     size: tuple[Positive, Positive, Positive] = (32, 32, 32)
-    """(I, J, K) of a patch in voxels after preprocessing; a smaller image is padded."""
+    """(I, J, K) of a patch in voxels after preprocessing; a smaller image is padded. Classification: ``preprocess.size``."""
     sampler: Literal["grid", "random", "balanced", "foreground"] = "random"
-    """How training patches are placed; validation and test are always cut on the grid, so that each voxel is judged."""
+    """How training patches are placed; validation and test are always cut on the grid, so that each voxel is judged.
+    Classification: ``grid``."""
     per_volume: Positive = 8
     """Patches per volume (all samplers but grid)."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -211,7 +213,7 @@ class Train(Section):
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop after the epoch that passes this time, whatever ``epochs`` says."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 3
-    """Epochs over which the learning rate rises from that of one process to the scaled one (Goyal et al. 2017, arXiv:1706.02677)."""
+    """Epochs in which the learning rate rises from that of one process to the scaled one (Goyal et al. 2017, arXiv:1706.02677)."""
     scale_lr: Literal["linear", "sqrt", "none"] = "linear"
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
     patience: Positive | None = 15
@@ -251,6 +253,8 @@ class Score(Section):
     """Volumes per commit to the predictions table."""
     max_refused: Share = 0.1
     """Share of volumes that may fail before the stage does."""
+    retry_refused: bool = False
+    """True tries volumes again that this version could not score before."""
 
 
 class Tracking(Section):
@@ -295,13 +299,25 @@ class Config(Section):
     tracking: Tracking = Tracking()
     spark: Spark = Spark()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_images(cls, data):
+        """A classifier sees whole images unless ``patches`` says otherwise."""
+        if isinstance(data, dict) and data.get("task") == "classification" and isinstance(data.get("preprocess"), dict):
+            patches = data.get("patches") or {}
+            if isinstance(patches, dict) and data["preprocess"].get("size") is not None:
+                data = {**data, "patches": {"size": data["preprocess"]["size"], "sampler": "grid", **patches}}
+        return data
+
     @model_validator(mode="after")
     def _fits_together(self):
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes repeat: {list(self.classes)}")
         weights = self.patches.class_weights
         if weights is not None and (len(weights) != len(self.classes) or sum(weights) == 0):
-            raise ValueError(f"patches.class_weights wants one weight per class, {len(self.classes)} of them and not all 0; got {list(weights)}")
+            raise ValueError(
+                f"patches.class_weights wants {len(self.classes)} weights, one per class and not all 0; got {list(weights)}"
+            )
         if self.task == "classification" and self.preprocess.size is None:
             raise ValueError("classification wants preprocess.size: every image is resampled to one shape")
         if self.task == "classification" and self.patches.sampler in ("balanced", "foreground"):

@@ -80,6 +80,7 @@ def _walk_local(root: pathlib.Path) -> Iterator[File]:
         return
     if not root.is_dir():
         raise FileNotFoundError(root)
+
     # one level is held at a time; a name sorts as its whole path would ("a.b" before "a/b")
     def entries(folder: str, prefix: str):
         with os.scandir(folder) as listing:

@@ -1,0 +1,83 @@
+"""The command line: one verb per stage."""
+
+import argparse
+import logging
+import os
+import sys
+
+from sparkmed import config as configuration
+from sparkmed.rejection import InputError
+
+VERBS = {
+    "catalog": "read the headers of an archive's new and changed files",
+    "volumes": "join files to volumes, labels, subjects and splits",
+    "patches": "cut the volumes into a Petastorm patch dataset",
+    "train": "train on Spark executors with Horovod, measure, register the model",
+    "promote": "make the newest model the champion if it passes the gate",
+    "rollback": "give the champion alias back to the version before",
+    "score": "predict what the champion has not scored yet",
+    "report": "write one HTML page about all of it",
+    "run": "all stages in order",
+    "check": "say what would fail, before it does",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a stage failed, 2 wrong arguments or an archive that does not fit the config."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("mlflow", "alembic", "py4j", "petastorm"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from sparkmed.pipeline import StageFailed  # engines are imported when a verb is run, not to print the help
+
+    try:
+        return _act(options)
+    except InputError as e:
+        print(f"sparkmed: {e}", file=sys.stderr)
+        return 2
+    except StageFailed as e:
+        print(f"sparkmed: {options.verb} failed: {e}", file=sys.stderr)
+        return 1
+
+
+def _act(options) -> int:
+    from sparkmed import demo, formats, pipeline
+
+    if options.verb == "inspect":
+        print(formats.inspect(options.uri))
+        return 0
+    if options.verb == "demo":
+        return demo.main(options.folder)
+    config = configuration.load(options.config, options.overrides)
+    if options.verb == "check":
+        problems = pipeline.check(config)
+        print("\n".join(f"- {p}" for p in problems) or f"{options.config}: nothing known that would fail")
+        return 2 if problems else 0
+    if options.verb == "run":
+        pipeline.run(config, print)
+    elif options.verb == "rollback":
+        print(pipeline.rollback(config)["reason"])
+    else:
+        pipeline.run_stage(options.verb, config, print)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparkmed", description="Medical images from archive to scored cohort on Spark.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, meaning in VERBS.items():
+        verb = verbs.add_parser(name, help=meaning, description=meaning)
+        verb.add_argument("config", metavar="CONFIG", help="YAML file of the project")
+        verb.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="replaces a value, such as archive=/data lake=/lake train.epochs=5"
+        )
+    inspect = verbs.add_parser("inspect", help="geometry and headers of a file, a series or a folder")
+    inspect.add_argument("uri", metavar="URI")
+    demo = verbs.add_parser("demo", help="a phantom archive and the whole path on it; nothing else is needed")
+    demo.add_argument("folder", nargs="?", default="demo", metavar="DIR", help="where it is written (default ./demo)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

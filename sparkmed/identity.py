@@ -1,0 +1,50 @@
+"""The key under which patients become subjects."""
+
+import os
+import secrets
+import stat
+
+from sparkmed import storage
+from sparkmed.config import Config
+from sparkmed.rejection import InputError
+
+
+def load_key(config: Config) -> tuple[bytes, str]:
+    """The HMAC key and where it came from: the config's file, its environment variable, or one made in the lake.
+
+    A key made here is readable by its owner only; whoever loses it can no longer tell which subject a new study belongs to.
+    Raises :class:`InputError` when the named file is missing or the key is shorter than 16 bytes.
+    """
+    identity = config.identity
+    if identity.key_file:
+        try:
+            return _long_enough(storage.read_bytes(identity.key_file).strip(), identity.key_file), identity.key_file
+        except OSError as e:
+            raise InputError(f"identity.key_file {identity.key_file}: {e.strerror or e}") from None
+    if os.environ.get(identity.key_env):
+        return _long_enough(os.environ[identity.key_env].encode(), f"environment variable {identity.key_env}"), identity.key_env
+    url = storage.join(config.lake, "subject.key")
+    if not storage.exists(url):
+        _create(url, secrets.token_hex(32).encode())
+    return _long_enough(storage.read_bytes(url).strip(), url), url
+
+
+def _create(url: str, key: bytes):
+    path = storage.local_path(url)
+    if path is None:
+        raise InputError(
+            f"a key is not written to the remote lake: name one in identity.key_file or {Config.model_fields['identity'].default.key_env}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
+    except FileExistsError:
+        return  # made by another process in between: that one counts
+    with os.fdopen(descriptor, "wb") as f:
+        f.write(key)
+
+
+def _long_enough(key: bytes, where: str) -> bytes:
+    if len(key) < 16:
+        raise InputError(f"{where}: the pseudonym key has {len(key)} bytes, wanted at least 16")
+    return key

@@ -1,0 +1,84 @@
+"""What a model says about one volume, as a row and a mask, and how right it is where the truth is known."""
+
+import datetime
+import time
+
+import numpy as np
+
+from sparkmed import dataset, formats, storage
+from sparkmed.config import digest
+from sparkmed.formats import nifti
+from sparkmed.formats.instance import VolumeHeader
+from sparkmed.imaging import postprocess
+from sparkmed.learning.model import Model
+
+
+def key(volume: str, model_digest: str, config_digest: str) -> str:
+    """Identity of a prediction: the same volume by the same model under the same settings is scored once."""
+    return digest([volume, model_digest, config_digest])[:32]
+
+
+def score(model: Model, row: dict, mask_url: str | None = None) -> dict:
+    """The prediction of one volume row as columns of ``predictions/``; writes the label map to ``mask_url`` (segmentation).
+
+    ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
+    that class was predicted (null where it was not). ``score`` is against the row's label: Dice per class, or 1 and 0 for right
+    and wrong. Raises :class:`Refused` on pixels that cannot be read or do not fit the network.
+    """
+    started = time.perf_counter()
+    image = formats.read_volume(VolumeHeader.from_row(row))
+    out = {
+        "volume": row["uid"],
+        "subject": row["subject"],
+        "split": row["split"],
+        "target": row["target"],
+        "device": str(model.device),
+    }
+    classes = model.spec.classes
+    if model.spec.task == "segmentation":
+        probabilities = model.probabilities(image)
+        labels = postprocess.as_labels(probabilities)
+        if mask_url:
+            nifti.write(labels, mask_url)
+        counts = np.bincount(labels.array.ravel(), minlength=len(classes))
+        out["ml"] = (counts * image.voxel_ml).tolist()
+        sums = [float(probabilities.array[c][labels.array[0] == c].sum(dtype=np.float64)) for c in range(len(classes))]
+        out["probability"] = [s / n if n else None for s, n in zip(sums, counts.tolist(), strict=True)]
+        if row["label"]:
+            out["score"] = dice(labels.array[0], dataset.read_label(row, image).array[0], len(classes))
+    else:
+        vector = np.asarray(model.predict(image), np.float64)
+        out["probability"] = vector.tolist()
+        out["predicted"] = classes[int(vector.argmax())]
+        if row["target"] is not None:
+            out["score"] = [float(vector.argmax() == row["target"])]
+    out["seconds"] = time.perf_counter() - started
+    out["scored_at"] = datetime.datetime.now(datetime.UTC)
+    return out
+
+
+def dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[float | None]:
+    """Dice (1945) per class of two label maps of one shape: 2 |A and B| / (|A| + |B|), null where a class is in neither.
+
+    >>> dice(np.array([0, 1, 1]), np.array([0, 0, 1]), 3)
+    [0.6666666666666666, 0.6666666666666666, None]
+    """
+    both = np.bincount(truth[predicted == truth].ravel(), minlength=classes)
+    total = np.bincount(predicted.ravel(), minlength=classes) + np.bincount(truth.ravel(), minlength=classes)
+    return [2 * float(b) / float(t) if t else None for b, t in zip(both[:classes], total[:classes], strict=True)]
+
+
+def subject_scores(rows: list[dict]) -> dict[str, float]:
+    """One number per subject from scored rows: mean over its volumes of Dice over foreground classes, or of correctness."""
+    per_subject: dict[str, list[float]] = {}
+    for r in rows:
+        values = r["score"][1:] if len(r["score"]) > 1 else r["score"]
+        values = [v for v in values if v is not None]
+        if values:
+            per_subject.setdefault(r["subject"], []).append(float(np.mean(values)))
+    return {s: float(np.mean(v)) for s, v in sorted(per_subject.items())}
+
+
+def mask_path(name: str, version: str, subject: str, volume: str) -> str:
+    """Where the label map of a volume lies below the lake; holds a pseudonym and digests only."""
+    return f"predictions/masks/{storage.component(name)}/{version}/{storage.component(subject)}_{volume}.nii.gz"

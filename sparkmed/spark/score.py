@@ -1,0 +1,42 @@
+"""A model over many volumes: packed tasks, one model per Python worker, rows back to the driver."""
+
+import math
+from collections.abc import Sequence
+
+from pyspark.sql import SparkSession
+
+from sparkmed import scoring
+from sparkmed.learning.model import Model
+from sparkmed.rejection import Refused, Rejection
+from sparkmed.spark.session import packed
+
+STAGE = "score"
+_loaded: dict[str, Model] = {}
+
+
+def predict(
+    spark: SparkSession, rows: Sequence[dict], model_url: str, device: str, masks: dict[str, str] | None = None
+) -> tuple[list[dict], list[Rejection]]:
+    """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map."""
+    if not rows:
+        return [], []
+    tasks = packed(list(rows), [math.prod(r["shape"]) for r in rows], 3 * spark.sparkContext.defaultParallelism)
+
+    def run(volumes):
+        model = _model(model_url, device)
+        for row in volumes:
+            try:
+                yield scoring.score(model, row, masks[row["uid"]] if masks else None), None
+            except Refused as e:
+                yield None, [e.at(uri, STAGE) for uri in row["sources"]]
+
+    outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).flatMap(run).collect()
+    return [p for p, _ in outcomes if p], [r for _, refused in outcomes if refused for r in refused]
+
+
+def _model(url: str, device: str) -> Model:
+    """The model at ``url``, loaded once per worker process."""
+    if url not in _loaded:
+        _loaded.clear()
+        _loaded[url] = Model.load(url, device)
+    return _loaded[url]

@@ -1,0 +1,93 @@
+"""The Spark session, and what must hold before a job is worth starting."""
+
+import os
+import sys
+import time
+import uuid
+
+from pyspark.sql import SparkSession
+
+from sparkmed import storage
+from sparkmed.config import Spark
+from sparkmed.rejection import InputError
+
+
+def session(settings: Spark, name: str) -> SparkSession:
+    """The active session of spark-submit or a notebook; without one, a new one on ``settings.master``."""
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # workers must not take another interpreter
+    os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        return active
+    builder = SparkSession.builder.appName(name)
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit has chosen the master
+    if not submitted:
+        local = settings.master.startswith("local")
+        defaults = (
+            {"spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1", "spark.ui.showConsoleProgress": "false"}
+            if local
+            else {}
+        )
+        builder = builder.master(settings.master)
+        for key, value in {**defaults, **settings.conf}.items():
+            builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def slots(spark: SparkSession, wanted: int, patience: float = 60.0) -> int:
+    """Tasks that can run at once, after waiting up to ``patience`` seconds for executors to register if there are too few."""
+    context = spark.sparkContext._jsc.sc()
+    profile = context.resourceProfileManager().defaultResourceProfile()
+    deadline = time.monotonic() + (0 if context.isLocal() else patience)
+    while True:
+        found = context.maxNumConcurrentTasks(profile)
+        if found >= wanted or time.monotonic() >= deadline:
+            return found
+        time.sleep(0.5)
+
+
+def require_shared(spark: SparkSession, url: str, tasks: int):
+    """Raise :class:`InputError` unless tasks on the executors see the folder ``url`` as the driver does, and can write to it."""
+    token = storage.join(url, f".seen-{uuid.uuid4().hex}")
+    storage.write_bytes(token, b"driver")
+
+    def probe(index):
+        import socket
+
+        try:
+            if storage.read_bytes(token) != b"driver":
+                return f"{socket.gethostname()}: reads something else"
+            storage.write_bytes(f"{token}.{index}", b"executor")
+            return ""
+        except OSError as e:
+            return f"{socket.gethostname()}: {type(e).__name__}"
+
+    try:
+        answers = spark.sparkContext.parallelize(range(tasks), tasks).map(probe).collect()
+        unseen = [i for i in range(tasks) if not answers[i] and not storage.exists(f"{token}.{i}")]
+        problems = sorted({a for a in answers if a}) + (["the driver does not see what executors write"] if unseen else [])
+    finally:
+        for leftover in [token, *(f"{token}.{i}" for i in range(tasks))]:
+            if storage.exists(leftover):
+                storage.remove(leftover)
+    if problems:
+        raise InputError(
+            f"{url} is not shared with the executors ({'; '.join(problems)}): use a folder that all nodes mount, hdfs:// or s3://"
+        )
+
+
+def packed(items: list, weights: list[float], parts: int) -> list[list]:
+    """``items`` in at most ``parts`` groups of similar weight: heaviest first, each to the lightest group.
+
+    >>> packed(["a", "b", "c"], [3, 1, 2], 2)
+    [['a'], ['c', 'b']]
+    """
+    groups: list[list] = [[] for _ in range(max(1, min(parts, len(items))))]
+    loads = [0.0] * len(groups)
+    for i in sorted(range(len(items)), key=lambda i: -weights[i]):
+        lightest = loads.index(min(loads))
+        groups[lightest].append(items[i])
+        loads[lightest] += weights[i]
+    return [g for g in groups if g]

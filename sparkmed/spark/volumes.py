@@ -1,0 +1,137 @@
+"""Catalog to volumes: what belongs together, where it lies in space, whose it is."""
+
+import dataclasses
+import json
+from collections import Counter
+
+import numpy as np
+from pyspark.sql import SparkSession
+
+from sparkmed import cohort, formats, tables
+from sparkmed.config import Config, digest
+from sparkmed.formats import series
+from sparkmed.formats.instance import Instance, VolumeHeader
+from sparkmed.imaging import labels
+from sparkmed.rejection import InputError, Refused, Rejection
+from sparkmed.spark import catalog
+
+STAGE = cohort.STAGE
+
+
+def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict) -> dict[str, int]:
+    """Replace ``volumes/`` by the volumes of the catalog as it is now, in one commit; counts of what came and what was refused.
+
+    Writes nothing when neither the catalog nor the config changed. Raises :class:`InputError` when the archive does not fit the
+    config: labels missing, more classes than the config names, different channel counts, an empty split.
+    """
+    table, refusals = tables.volumes(config.lake), tables.quarantine(config.lake)
+    inputs = digest(
+        tables.catalog(config.lake).committed(catalog.STAGE),
+        config.volumes,
+        config.identity,
+        config.classes,
+        config.task,
+        config.preprocess,
+    )
+    before = table.rows()
+    if before and {r["inputs"] for r in before} == {inputs}:
+        return {"volumes": len(before), "changed": 0}
+
+    headers, rejections = _assemble(spark, config)
+    study = cohort.assemble(headers, config, key)
+    rejections += study.rejections
+    counted = {(r["uid"], r["label_uid"]): r["label_counts"] for r in before if len(r["label_counts"] or ()) == len(config.classes)}
+    members, label_counts, unsound = _check_labels(spark, study.members, config, counted)
+    rejections += unsound
+    if any(m.split for m in members):
+        cohort.require_splits(members, config)
+
+    run = max(table.committed(STAGE), refusals.committed(STAGE)) + 1
+    lineage = {**lineage, "run": run}
+    rows = [{**row(m, label_counts.get(m.image.uid)), "inputs": inputs, **lineage} for m in members]
+    old = [n for n in refusals.paths() if _is_of_this_stage(refusals, n)]
+    refused = [catalog.quarantine_row(r, lineage) for r in rejections]
+    refusals.commit([refusals.write(refused)] if refused else [], (STAGE, run), replace=old)
+    table.commit([table.write(rows)], (STAGE, run), replace=table.paths())
+    splits = Counter(m.split or "unlabelled" for m in members)
+    return {"volumes": len(members), "changed": 1, **splits, "refused": len({r.uri for r in rejections}), "ignored": study.ignored}
+
+
+def row(member: cohort.Member, label_counts: list[int] | None) -> dict:
+    """A row of ``volumes/``."""
+    image = member.image
+    facts = {k: v for k, v in image.row().items() if k in tables.VOLUMES.names}
+    return {
+        **facts,
+        "spacing": np.linalg.norm(np.reshape(image.affine, (4, 4))[:3, :3], axis=0).tolist(),
+        "subject": member.subject,
+        "split": member.split,
+        "label": json.dumps(member.label.row()) if member.label else None,
+        "label_uid": member.label.uid if member.label else None,
+        "label_counts": label_counts,
+        "target": member.target,
+    }
+
+
+def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], list[Rejection]]:
+    """Group instances by series (a file of another format is its own), then geometry; only headers travel."""
+
+    def keyed(r):
+        instance = dataclasses.replace(Instance.from_row(r.asDict()), patient=r.subject or "")
+        return (instance.series_uid or instance.uri if instance.format == "dicom" else instance.uri), instance
+
+    grouped = catalog.current(spark, config.lake).rdd.map(keyed).groupByKey()
+    headers, rejections = [], []
+    for found, refused in grouped.map(lambda pair: series.assemble(pair[1])).collect():
+        headers += found
+        rejections += refused
+    return sorted(headers, key=lambda h: h.source_paths), sorted(rejections, key=lambda r: (r.uri, r.reason))
+
+
+def _check_labels(spark: SparkSession, members: list[cohort.Member], config: Config, counted: dict):
+    """Read every label image once: it lies on the image's grid and holds the config's classes. Members, voxel counts, refusals."""
+    classes = len(config.classes)
+    known = {m.image.uid: counted[m.image.uid, m.label.uid] for m in members if m.label and (m.image.uid, m.label.uid) in counted}
+    todo = [m for m in members if m.label and m.image.uid not in known]
+
+    def check(member):
+        try:
+            image = member.image
+            label = labels.on_grid(formats.read_volume(member.label), np.reshape(image.affine, (4, 4)), image.shape[1:])
+            return member.image.uid, labels.check_label(label, label, classes).tolist(), None
+        except Refused as e:
+            return member.image.uid, None, e
+
+    checked = (
+        spark.sparkContext.parallelize(todo, max(1, min(len(todo), 4 * spark.sparkContext.defaultParallelism))).map(check).collect()
+    )
+    problems = {uid: e for uid, _, e in checked if e}
+    beyond = [
+        (m, problems[m.image.uid])
+        for m in members
+        if m.image.uid in problems and problems[m.image.uid].reason == "LABEL_OUT_OF_RANGE"
+    ]
+    if beyond:
+        member, e = beyond[0]
+        raise InputError(
+            f"{len(beyond)} labels do not fit classes {list(config.classes)}, such as {member.label.source_paths[0]}: {e.message}"
+        )
+    known |= {uid: counts for uid, counts, _ in checked if counts}
+    rejections = [problems[m.image.uid].at(u, STAGE) for m in members if m.image.uid in problems for u in m.label.sources]
+    rejections += [
+        Rejection(u, STAGE, "LABEL_REFUSED", f"its label was refused: {problems[m.image.uid].reason}")
+        for m in members
+        if m.image.uid in problems
+        for u in m.image.sources
+    ]
+    return [m for m in members if m.image.uid not in problems], known, rejections
+
+
+def _is_of_this_stage(table: tables.Table, name: str) -> bool:
+    import pyarrow.parquet as pq
+
+    from sparkmed import storage
+
+    with storage.open(storage.join(table.url, name)) as f:
+        stages = pq.read_table(f, columns=["stage"])["stage"].to_pylist()
+    return bool(stages) and set(stages) == {STAGE}

@@ -1,0 +1,249 @@
+"""Delta tables by delta-rs: their schemas, files that a task writes, and commits that only one of two rivals wins.
+
+A task writes a Parquet file into the folder of the table and returns a :class:`DataFile`; nobody sees it. The driver commits the
+returned files in one step. A file of a task that was killed, retried or run twice is never committed.
+"""
+
+import io
+import json
+import posixpath
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+
+from sparkmed import storage
+
+_TIME = pa.timestamp("us", tz="UTC")
+_FILE = [
+    ("uri", pa.string()),
+    ("path", pa.string()),
+    ("container", pa.string()),
+    ("file_size", pa.int64()),
+    ("file_mtime_ns", pa.int64()),
+]
+_LINEAGE = [("config_digest", pa.string()), ("code_version", pa.string()), ("run", pa.int64())]
+
+CATALOG = pa.schema(
+    [
+        *_FILE,
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("format", pa.string()),  # dicom, nifti, raster; "gone" marks a file that is no longer there
+        ("kind", pa.string()),
+        ("modality", pa.string()),
+        ("subject", pa.string()),  # pseudonym of the patient in the header; null without one
+        ("series_uid", pa.string()),
+        ("sop_uid", pa.string()),
+        ("sop_class", pa.string()),
+        ("transfer_syntax", pa.string()),
+        ("shape", pa.list_(pa.int64())),
+        ("affine", pa.list_(pa.float64())),
+        ("header", pa.string()),
+        *_LINEAGE,
+    ]
+)
+QUARANTINE = pa.schema(
+    [
+        *_FILE,
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("key", pa.string()),  # of the prediction that was refused (score)
+        ("refused_at", _TIME),
+        *_LINEAGE,
+    ]
+)
+VOLUMES = pa.schema(
+    [
+        ("uid", pa.string()),  # digest of the content: ordered sources and affine
+        ("subject", pa.string()),
+        ("split", pa.string()),  # train, val, test; null without a label
+        ("format", pa.string()),
+        ("modality", pa.string()),
+        ("series_uid", pa.string()),
+        ("sources", pa.list_(pa.string())),
+        ("source_paths", pa.list_(pa.string())),
+        ("source_sha256", pa.list_(pa.string())),
+        ("shape", pa.list_(pa.int64())),
+        ("spacing", pa.list_(pa.float64())),
+        ("affine", pa.list_(pa.float64())),
+        ("header", pa.string()),
+        ("label", pa.string()),  # JSON of the label image's VolumeHeader (segmentation)
+        ("label_uid", pa.string()),
+        ("label_counts", pa.list_(pa.int64())),  # voxels per class
+        ("target", pa.int64()),  # class index (classification)
+        ("inputs", pa.string()),  # digest of what this table was made from
+        *_LINEAGE,
+    ]
+)
+PREDICTIONS = pa.schema(
+    [
+        ("key", pa.string()),  # digest of (volume, model, config): each key once
+        ("volume", pa.string()),
+        ("subject", pa.string()),
+        ("split", pa.string()),
+        ("model_name", pa.string()),
+        ("model_version", pa.string()),
+        ("model_digest", pa.string()),
+        ("predicted", pa.string()),  # class name (classification)
+        ("probability", pa.list_(pa.float64())),  # per class: of the image, or mean over its voxels where the class was predicted
+        ("ml", pa.list_(pa.float64())),  # per class (segmentation)
+        ("mask", pa.string()),  # path of the NIfTI below the lake (segmentation)
+        ("target", pa.int64()),
+        (
+            "score",
+            pa.list_(pa.float64()),
+        ),  # against a label where there is one: Dice per class (null: absent in both), or correctness
+        ("seconds", pa.float64()),
+        ("device", pa.string()),
+        ("scored_at", _TIME),
+        *_LINEAGE,
+    ]
+)
+PROMOTIONS = pa.schema(
+    [
+        ("model_name", pa.string()),
+        ("action", pa.string()),  # promoted, kept, rolled back
+        ("challenger", pa.string()),
+        ("champion", pa.string()),
+        ("reason", pa.string()),
+        ("numbers", pa.string()),  # JSON
+        ("decided_at", _TIME),
+        *_LINEAGE,
+    ]
+)
+
+
+class Conflict(Exception):
+    """Another writer committed first."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file in the folder of a table that no commit names yet."""
+
+    path: str
+    bytes: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Delta table at ``url``. All methods but :meth:`write` are for the driver."""
+
+    url: str
+    schema: pa.Schema
+
+    def write(self, rows: Sequence[dict] | pa.Table) -> DataFile:
+        """Write rows as a Parquet file that :meth:`commit` can take in; a key that the schema lacks is an error."""
+        data = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([_checked(r, self.schema) for r in rows], self.schema)
+        buffer = io.BytesIO()
+        pq.write_table(data.cast(self.schema), buffer, compression="zstd")
+        path = f"part-{uuid.uuid4().hex}.parquet"
+        storage.write_bytes(storage.join(self.url, path), buffer.getvalue())
+        return DataFile(path, buffer.tell(), data.num_rows)
+
+    def commit(self, files: Iterable[DataFile], fence: tuple[str, int] | None = None, replace: Iterable[str] = ()):
+        """Make files visible, and those named in ``replace`` invisible, in one step.
+
+        ``fence`` is (writer, number): raises :class:`Conflict` when that writer's number is already at or above it, whoever was
+        faster.
+        """
+        add = [f for f in files if f.rows]
+        gone = set(replace)
+        table = self._open(create=True)
+        if fence and (table.transaction_version(fence[0]) or 0) >= fence[1]:
+            raise Conflict(f"{self.url}: {fence[0]} {fence[1]} is already in")
+        now = int(time.time() * 1000)
+        actions = [AddAction(f.path, f.bytes, {}, now, True, json.dumps({"numRecords": f.rows})) for f in add]
+        current = table.get_add_actions(flatten=True)
+        for path, size in zip(current["path"].to_pylist(), current["size_bytes"].to_pylist(), strict=True):
+            if path in gone:
+                actions.append(RemoveAction(path, True, now, size, {}))
+        properties = CommitProperties(app_transactions=[Transaction(*fence)] if fence else None)
+        try:
+            table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
+        except CommitFailedError as e:
+            raise Conflict(f"{self.url}: {e}") from e
+
+    def committed(self, writer: str) -> int:
+        """The last number that ``writer`` committed with, 0 before the first."""
+        table = self._open()
+        return 0 if table is None else table.transaction_version(writer) or 0
+
+    def paths(self) -> list[str]:
+        """Names of the committed files."""
+        return sorted(posixpath.basename(u) for u in self.uris())
+
+    def uris(self) -> list[str]:
+        """URLs of the committed files, for ``spark.read.parquet``."""
+        table = self._open()
+        return [] if table is None else [storage.absolute(u) for u in table.file_uris()]
+
+    def read(self, columns: list[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
+        """The committed rows; an empty table when nothing was ever committed."""
+        uris = self.uris()
+        if not uris:
+            names = columns or self.schema.names
+            return pa.schema([self.schema.field(n) for n in names]).empty_table()
+        fs = storage.filesystem(self.url)[0]
+        files = [storage.filesystem(u)[1] for u in uris]
+        return pa.dataset.dataset(files, self.schema, format="parquet", filesystem=fs).to_table(columns, where)
+
+    def rows(self, where: pc.Expression | None = None) -> list[dict]:
+        return self.read(where=where).to_pylist()
+
+    def _open(self, create: bool = False) -> DeltaTable | None:
+        target = storage.local_path(self.url) or self.url
+        try:
+            return DeltaTable(target)
+        except TableNotFoundError:
+            if not create:
+                return None
+        storage.makedirs(self.url)
+        return DeltaTable.create(target, self.schema, mode="ignore")
+
+
+def _checked(row: dict, schema: pa.Schema) -> dict:
+    unknown = set(row) - set(schema.names)
+    if unknown:
+        raise KeyError(f"columns {sorted(unknown)} are not in the table")
+    return row
+
+
+def catalog(lake: str) -> Table:
+    """One row per instance of every file; :func:`current` gives those that count."""
+    return Table(storage.join(lake, "catalog"), CATALOG)
+
+
+def quarantine(lake: str) -> Table:
+    """One row per file or volume refused."""
+    return Table(storage.join(lake, "quarantine"), QUARANTINE)
+
+
+def volumes(lake: str) -> Table:
+    return Table(storage.join(lake, "volumes"), VOLUMES)
+
+
+def predictions(lake: str) -> Table:
+    """The ledger of scoring."""
+    return Table(storage.join(lake, "predictions"), PREDICTIONS)
+
+
+def evaluations(lake: str) -> Table:
+    """Predictions on labelled volumes of the test split, by which models are compared."""
+    return Table(storage.join(lake, "evaluations"), PREDICTIONS)
+
+
+def promotions(lake: str) -> Table:
+    """Every decision about the champion, with its numbers."""
+    return Table(storage.join(lake, "promotions"), PROMOTIONS)
