@@ -17,7 +17,7 @@ def normalise(array: np.ndarray, spec: Intensity) -> np.ndarray:
     """
     if array.dtype.kind not in "biuf":
         raise Refused("VOXEL_TYPE", f"voxels of type {array.dtype} are not numbers on one scale")
-    if not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise Refused("NOT_FINITE", f"{np.count_nonzero(~np.isfinite(array))} voxels are infinite or not a number")
     scale = {"none": _unscaled, "zscore": _zscore, "window": _window, "percentile": _percentile}[spec.kind]
     result = np.empty(array.shape, np.float32)

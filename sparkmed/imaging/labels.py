@@ -36,13 +36,14 @@ def as_label(volume: Volume) -> Volume:
 
 
 def on_grid(label: Volume, image_affine: np.ndarray, image_shape: tuple[int, int, int]) -> Volume:
-    """The label on the axes of its image, with the image's own affine; voxels may be moved, never resampled.
+    """The label on the axes of its image, with the image's own affine and the dtype of :func:`as_label`.
 
-    A label of the same physical voxels stored in another orientation is flipped and permuted. Grids are the same when the
-    shapes are equal and no corner is further off than :func:`~sparkmed.imaging.geometry.grid_tolerance`: 0.1 mm or 1 % of
-    the smallest spacing, at most a quarter of it. Raises :class:`Refused` ``LABEL_GRID_MISMATCH`` otherwise.
+    Voxels may be moved, never resampled: a label of the same physical voxels stored in another orientation is flipped and permuted.
+    Grids are the same when the shapes are equal and no corner is further off than
+    :func:`~sparkmed.imaging.geometry.grid_tolerance`: 0.1 mm or 1 % of the smallest spacing, at most a quarter of it.
+    Raises :class:`Refused` ``LABEL_GRID_MISMATCH`` otherwise, and what :func:`as_label` raises.
     """
-    image = Grid(image_affine, image_shape)
+    image, label = Grid(image_affine, image_shape), as_label(label)
     if not geometry.same_grid(image, label):
         cosines = _unit(label.affine).T @ _unit(image.affine)  # [label axis, image axis]
         order, signs = geometry.closest_axes(cosines)
@@ -59,7 +60,7 @@ def check_label(label: Volume, image: Placed, n_classes: int) -> np.ndarray:
     ``image`` is a Volume or a :class:`~sparkmed.imaging.geometry.Grid`. Raises :class:`Refused` ``LABEL_GRID_MISMATCH``
     (as :func:`on_grid`), ``LABEL_CHANNELS``, ``LABEL_NOT_INTEGER`` or ``LABEL_OUT_OF_RANGE``.
     """
-    label = as_label(on_grid(label, image.affine, image.spatial_shape))
+    label = on_grid(label, image.affine, image.spatial_shape)
     return count(label.array[0], n_classes).sum(axis=0)
 
 
@@ -73,7 +74,7 @@ def count(label: np.ndarray, n_classes: int) -> np.ndarray:
         values = np.unique(label)
         wrong = values[(values < 0) | (values >= n_classes)]
         raise Refused("LABEL_OUT_OF_RANGE", f"values {_some(wrong)}; the config has {n_classes} classes (0 to {n_classes - 1})")
-    return np.stack([np.bincount(plane.ravel(), minlength=n_classes) for plane in label])
+    return np.stack([np.bincount(plane.ravel().astype(np.intp), minlength=n_classes) for plane in label])
 
 
 def _unit(affine: np.ndarray) -> np.ndarray:

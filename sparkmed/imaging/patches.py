@@ -66,9 +66,9 @@ def sample(
     rng = generator(seed_key)
     if spec.sampler == "random":
         return [_anywhere(shape, spec.size, rng) for _ in range(spec.per_volume)], {}
-    if label is None or tuple(label.shape) != tuple(shape):
-        got = "none" if label is None else f"shape {tuple(label.shape)}"
-        raise ValueError(f"sampler {spec.sampler} wants a label of shape {tuple(shape)}; got {got}")
+    if label is None or tuple(label.shape) != tuple(shape) or label.dtype.kind not in "biu":
+        got = "none" if label is None else f"{label.dtype} of shape {tuple(label.shape)}"
+        raise ValueError(f"sampler {spec.sampler} wants an integer label of shape {tuple(shape)}; got {got}")
     if spec.sampler == "foreground":
         quota = _quotas(spec.per_volume, [1 - spec.foreground, spec.foreground], rng)
         foreground = label != 0

@@ -37,7 +37,7 @@ def ct(
     affine = _centred_affine(shape, spacing, codes)
     extent = _world_extent(affine, shape)
     body = extent / 2 * np.array([0.88, 0.80, 1.3]) * rng.uniform(0.92, 1.0, 3)  # cut off above and below, as in a scan
-    middle = extent * rng.uniform(-0.03, 0.03, 3) * (1, 1, 0)
+    middle = extent * rng.uniform(-0.04, 0.04, 3) * (1, 1, 0)
     values = np.full(shape, _AIR)
     values[ellipsoid(affine, shape, middle, body)] = _BODY
     label = np.zeros(shape, np.uint8)
@@ -45,7 +45,7 @@ def ct(
     for value, (hu, ellipsoids) in enumerate(_ORGANS[:organs], start=1):
         hu += rng.uniform(-15, 15)
         for centre, radii in ellipsoids:
-            centre = middle + inside * (np.array(centre) + rng.uniform(-0.04, 0.04, 3))
+            centre = middle + inside * (np.array(centre) + rng.uniform(-0.06, 0.06, 3))
             organ = ellipsoid(affine, shape, centre, inside * radii * rng.uniform(0.85, 1.1, 3)) & (label == 0)
             values[organ], label[organ] = hu, value
     values += rng.normal(0, noise, shape)

@@ -1,4 +1,4 @@
-"""From scores to labels and their volumes."""
+"""From scores to labels."""
 
 import numpy as np
 
@@ -23,11 +23,3 @@ def as_labels(scores: Volume) -> Volume:
     if broken.any():
         raise Refused("NOT_FINITE", f"the scores of {np.count_nonzero(broken)} voxels are not numbers")
     return scores.with_array(label[None])
-
-
-def volumes_ml(label: Volume, n_classes: int) -> np.ndarray:
-    """(n_classes,) float64: millilitres that each class of a label volume fills."""
-    counts = np.bincount(label.array.ravel(), minlength=n_classes)
-    if len(counts) > n_classes:
-        raise Refused("LABEL_OUT_OF_RANGE", f"label value {len(counts) - 1} of {n_classes} classes")
-    return counts * label.voxel_ml

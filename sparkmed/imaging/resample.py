@@ -32,7 +32,8 @@ _BLOCK = 1 << 20  # voxels interpolated at a time on oblique grids
 def to_spacing(volume: Volume, spacing: tuple[float, float, float], order: int = 1) -> Volume:
     """The volume with voxels of ``spacing`` (mm along I, J, K), its centre where it was; see :func:`spaced` for the grid.
 
-    Returns the volume itself when its spacing is right already. Raises :class:`Refused` ``NOT_FINITE``, ``TOO_LARGE``.
+    Returns the volume itself when its spacing is right already. Raises :class:`Refused` ``NOT_FINITE``,
+    ``VOXEL_TYPE``, ``TOO_LARGE``.
     """
     return _onto(volume, spaced(grid_of(volume), spacing), order, None)
 
@@ -40,7 +41,8 @@ def to_spacing(volume: Volume, spacing: tuple[float, float, float], order: int =
 def to_size(volume: Volume, size: tuple[int, int, int], order: int = 1) -> Volume:
     """The volume in ``size`` (I, J, K) voxels over the same field of view, from the outer edges of its outer voxels.
 
-    Returns the volume itself when its size is right already. Raises :class:`Refused` ``NOT_FINITE``, ``SINGLETON_AXIS``.
+    Returns the volume itself when its size is right already. Raises :class:`Refused` ``NOT_FINITE``,
+    ``VOXEL_TYPE``, ``TOO_LARGE``, ``SINGLETON_AXIS``.
     """
     return _onto(volume, sized(grid_of(volume), size), order, None)
 
@@ -51,7 +53,8 @@ def to_grid(
     """The volume at the voxels of another grid: ``affine`` (4, 4) index to RAS+ mm, ``spatial_shape`` (I, J, K).
 
     ``cval`` fills what lies outside the volume (beyond the edges of its outer voxels); None continues the outer voxels.
-    Returns the volume itself when it is on that grid already. Raises :class:`Refused` ``NOT_FINITE``, ``TOO_LARGE``.
+    Returns the volume itself when it is on that grid already. Raises :class:`Refused` ``NOT_FINITE``, ``VOXEL_TYPE``,
+    ``TOO_LARGE``.
     """
     return _onto(volume, Grid(affine, spatial_shape), order, cval)
 
@@ -103,13 +106,22 @@ def _onto(volume: Volume, grid: Grid, order: int, cval: float | None) -> Volume:
         steps = [_positions(to_source, a, a, n) for a, n in enumerate(grid.spatial_shape)]
         if all(np.array_equal(s, np.arange(len(s))) for s in steps):
             return volume
-    if order == 1 and not np.isfinite(volume.array).all():
-        raise Refused("NOT_FINITE", f"{np.count_nonzero(~np.isfinite(volume.array))} voxels are infinite or not a number")
     if axes is not None:
         array = _separable(volume.array, to_source, axes, grid.spatial_shape, order, cval)
     else:
         array = _oblique(volume.array, to_source, grid.spatial_shape, order, cval)
     return volume.with_array(array, grid.affine)
+
+
+def _real(channel: np.ndarray) -> np.ndarray:
+    """(I, J, K) float32, every value finite: one that is not would spread to its neighbours."""
+    if channel.dtype.kind not in "biuf":
+        raise Refused("VOXEL_TYPE", f"voxels of type {channel.dtype} are not numbers on one scale")
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(channel, np.float32)
+    if channel.dtype.kind == "f" and not np.isfinite(values).all():
+        raise Refused("NOT_FINITE", f"{np.count_nonzero(~np.isfinite(values))} voxels are infinite, not a number, or beyond float32")
+    return values
 
 
 def _parallel(to_source: np.ndarray, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
@@ -144,7 +156,7 @@ def _separable(array, to_source, axes, shape, order, cval) -> np.ndarray:
         todo.sort(key=lambda a: weights[a].shape[0] / weights[a].shape[1])  # what shrinks first saves work later
         picked = np.empty((len(array), *(len(x) for x in positions)), np.float32)
         for c, channel in enumerate(array):
-            values = np.ascontiguousarray(channel, np.float32)
+            values = _real(channel)
             for axis in todo:
                 values = _along(values, weights[axis], axis)
             picked[c] = values
@@ -164,7 +176,7 @@ def _oblique(array, to_source, shape, order, cval) -> np.ndarray:
         smooth = [(a, _gaussian(n, f)) for a, (n, f) in enumerate(zip(old, factors, strict=True))]
         channels = []
         for channel in array:
-            values = np.ascontiguousarray(channel, np.float32)
+            values = _real(channel)
             for axis, weights in smooth:
                 if not _is_identity(weights):
                     values = np.ascontiguousarray(_along(values, weights, axis))
