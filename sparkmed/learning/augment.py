@@ -1,0 +1,111 @@
+"""Random changes of training batches on their device; each sample's is a pure function of (seed, epoch, patch id)."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparkmed.config import Augment
+
+CONTROL_SPACING = 12
+"""Voxels between the control points of the elastic deformation."""
+
+
+def augment(
+    image: Tensor, label: Tensor | None, patch_ids: Sequence[str], spec: Augment, seed: int, epoch: int
+) -> tuple[Tensor, Tensor | None]:
+    """A changed copy of ``image`` (B, C, I, J, K) float and ``label`` (B, 1, I, J, K) int64, on the same device.
+
+    Flip, rotation, zoom, shift and deformation are one resampling, linear for the image and nearest for the label; outside the
+    patch both repeat its edge. Planes (K = 1) stay planes. Then contrast, brightness, gamma (which keeps each sample's mean and
+    deviation) and noise, on the image alone. No sample depends on the others in the batch.
+    """
+    keys = [_key(seed, epoch, p) for p in patch_ids]
+    draws = torch.stack([torch.rand(16, generator=torch.Generator().manual_seed(k)) for k in keys])  # one column per decision
+    if spec.flip or spec.rotate or spec.scale or spec.translate or spec.elastic:
+        grid = _grid(image.shape[2:], draws, keys, spec, image.device)
+        image = F.grid_sample(image, grid, "bilinear", "border", align_corners=False)
+        if label is not None:
+            label = F.grid_sample(label.float(), grid, "nearest", "border", align_corners=False).round().to(label.dtype)
+    return _intensity(image, draws, keys, spec), label
+
+
+def _key(seed: int, epoch: int, patch_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{patch_id}".encode()).digest()[:8], "big") >> 1
+
+
+def _between(draw: Tensor, largest: float) -> Tensor:
+    """Uniform numbers of [0, 1) to [-largest, largest)."""
+    return (2 * draw - 1) * largest
+
+
+def _grid(shape: Sequence[int], draws: Tensor, keys: Sequence[int], spec: Augment, device) -> Tensor:
+    """Where each voxel is read, (B, I, J, K, 3), in the coordinates of ``grid_sample``: K, J, I from -1 to 1 between outer edges."""
+    size = torch.tensor(shape, dtype=torch.float32, device=device)
+    plane = shape[2] == 1
+    axes = [torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in shape]
+    centred = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # (I, J, K, 3) voxels from the middle of the patch
+    matrix, shift = _affine(draws, spec, plane)
+    source = (centred.reshape(1, -1, 3) @ matrix.to(device).transpose(1, 2)).reshape(len(draws), *shape, 3)
+    source += shift.to(device)[:, None, None, None]
+    if spec.elastic:
+        points = [1 if n == 1 else max(3, round(n / CONTROL_SPACING) + 2) for n in shape]
+        coarse = torch.stack([torch.rand(3, *points, generator=torch.Generator().manual_seed(k ^ 1)) for k in keys])
+        coarse = _between(coarse, spec.elastic)
+        if plane:
+            coarse[:, 2] = 0
+        source += F.interpolate(coarse.to(device), tuple(shape), mode="trilinear", align_corners=True).movedim(1, -1)
+    return (source * (2 / size)).flip(-1)  # from the middle: 2 v / n is (2 (v + (n - 1) / 2) + 1) / n - 1
+
+
+def _affine(draws: Tensor, spec: Augment, plane: bool) -> tuple[Tensor, Tensor]:
+    """(B, 3, 3) and (B, 3): source voxel from the middle = matrix @ voxel from the middle + shift."""
+    n = len(draws)
+    angles = torch.deg2rad(_between(draws[:, 0:3], spec.rotate))
+    zoom = 1 + _between(draws[:, 3], spec.scale)
+    shift = _between(draws[:, 4:7], spec.translate)
+    flip = torch.ones(n, 3)
+    for axis in spec.flip:
+        flip[:, axis] = torch.where(draws[:, 7 + axis] < 0.5, -1.0, 1.0)
+    if plane:
+        angles[:, :2] = 0
+        shift[:, 2] = 0
+    rotation = torch.eye(3).expand(n, 3, 3)
+    for axis in range(3):
+        a, b = [x for x in range(3) if x != axis]
+        turn = torch.eye(3).repeat(n, 1, 1)
+        cos, sin = angles[:, axis].cos(), angles[:, axis].sin()
+        turn[:, a, a], turn[:, b, b], turn[:, a, b], turn[:, b, a] = cos, cos, -sin, sin
+        rotation = rotation @ turn
+    return rotation * flip[:, None, :] / zoom[:, None, None], shift
+
+
+def _intensity(image: Tensor, draws: Tensor, keys: Sequence[int], spec: Augment) -> Tensor:
+    draws = draws.to(image.device)[:, :, None, None, None, None]
+    if spec.contrast:
+        image = image * (1 + _between(draws[:, 10], spec.contrast))
+    if spec.brightness:
+        image = image + _between(draws[:, 11], spec.brightness)
+    if spec.gamma:
+        image = _gamma(image, torch.exp(_between(draws[:, 12], math.log1p(spec.gamma))))
+    if spec.noise:
+        deviation = draws[:, 13] * spec.noise
+        generators = [torch.Generator(image.device).manual_seed(k ^ 2) for k in keys]
+        noise = [torch.randn(image.shape[1:], generator=g, device=image.device) for g in generators]
+        image = image + deviation * torch.stack(noise)
+    return image
+
+
+def _gamma(image: Tensor, exponent: Tensor) -> Tensor:
+    """Values to the power of ``exponent`` on [minimum, maximum] of each sample and channel, at the mean and deviation they had."""
+    dims = (2, 3, 4)
+    low, high = image.amin(dims, keepdim=True), image.amax(dims, keepdim=True)
+    span = (high - low).clamp_min(1e-6)
+    mean, deviation = image.mean(dims, keepdim=True), image.std(dims, keepdim=True, correction=0)
+    bent = ((image - low) / span).pow(exponent)
+    flat = deviation < 1e-6
+    bent = (bent - bent.mean(dims, keepdim=True)) / bent.std(dims, keepdim=True, correction=0).clamp_min(1e-6)
+    return torch.where(flat, image, bent * deviation + mean)

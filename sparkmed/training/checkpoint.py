@@ -1,0 +1,71 @@
+"""Checkpoints: whole or not there, checked when read, in any folder that has a URL."""
+
+import hashlib
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparkmed import storage
+
+_NAME = re.compile(r"epoch-(\d{5,})-([0-9a-f]{16})\.pt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file ``epoch-<number>-<SHA-256, 16 digits>.pt``: its name says what its bytes must be."""
+
+    url: str
+    epoch: int
+    sha256: str
+
+
+def save(folder: str, epoch: int, state: dict[str, Any]) -> Checkpoint:
+    """Write ``state`` (tensors and plain values) as the checkpoint of ``epoch``; atomic. ``torch.load`` opens the file too."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    data = stream.getvalue()
+    sha256 = hashlib.sha256(data).hexdigest()[:16]
+    url = storage.join(folder, f"epoch-{epoch:05d}-{sha256}.pt")
+    storage.write_bytes(url, data)
+    return Checkpoint(url, epoch, sha256)
+
+
+def present(folder: str) -> list[Checkpoint]:
+    """The checkpoints in ``folder`` by epoch; their bytes are not looked at."""
+    try:
+        files = list(storage.walk(folder))
+    except FileNotFoundError:
+        return []
+    matches = [(f.uri, _NAME.fullmatch(f.path)) for f in files]
+    return sorted((Checkpoint(uri, int(m[1]), m[2]) for uri, m in matches if m), key=lambda c: (c.epoch, c.sha256))
+
+
+def load(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU; only tensors and plain values are unpickled. ValueError when its bytes are not whole."""
+    data = storage.read_bytes(checkpoint.url)
+    found = hashlib.sha256(data).hexdigest()[:16]
+    if found != checkpoint.sha256:
+        raise ValueError(f"checkpoint {checkpoint.url}: its bytes have SHA-256 {found}..., its name says {checkpoint.sha256}...")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def latest(folder: str) -> dict[str, Any] | None:
+    """The state of the last checkpoint that can be read; damaged ones are passed over with a warning. None when there is none."""
+    for checkpoint in reversed(present(folder)):
+        try:
+            return load(checkpoint)
+        except Exception as e:  # whatever is wrong with it, the one before it may be whole
+            warnings.warn(f"passed over: {e}", stacklevel=2)
+    return None
+
+
+def prune(folder: str, keep: int, best_epoch: int) -> None:
+    """Remove all but the last ``keep`` checkpoints and that of ``best_epoch``."""
+    there = present(folder)
+    for checkpoint in there[: max(0, len(there) - keep)]:
+        if checkpoint.epoch != best_epoch:
+            storage.remove(checkpoint.url)

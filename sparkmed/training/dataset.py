@@ -1,0 +1,224 @@
+"""The patches of a dataset on disk: which there are, and how a row group becomes arrays. pyarrow only; nothing is unpickled."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparkmed import storage
+from sparkmed.rejection import InputError
+
+SCHEMA = "_dataset.json"
+
+
+class DatasetError(InputError):
+    """The dataset on disk is not what its index says; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column. ``codec`` ``ndarray``: each value is what ``numpy.save`` wrote, of ``dtype`` and ``shape``; ``scalar``: a number or str."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    codec: str = "scalar"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A row group of a file: the unit of reading. ``bytes`` is its size before compression."""
+
+    path: str
+    row_group: int
+    rows: int
+    bytes: int
+
+
+class PatchDataset:
+    """The row groups of a dataset, or of one split of it, in the order of their paths.
+
+    Raises :class:`DatasetError` for a dataset without ``_dataset.json`` (unfinished, or somebody else's), a split that is not
+    there, and files whose rows do not add up to what ``_dataset.json`` says.
+    """
+
+    def __init__(self, url: str, split: str | None = None):
+        self.url = storage.absolute(url)
+        self.split = split
+        self.meta = _read_meta(self.url)
+        self.fields = tuple(Field(f["name"], f["dtype"], tuple(f.get("shape", ())), f.get("codec", "scalar")) for f in self.meta["fields"])
+        self._sizes: dict[str, int] = {}
+        files = self._files()
+        with ThreadPoolExecutor(8) as pool:
+            self._groups = dict(zip(files, pool.map(self._footer, files), strict=True))
+        self.blocks = tuple(Block(p, i, n, b) for p, groups in self._groups.items() for i, (n, b) in enumerate(groups) if n > 0)
+        self.rows = sum(b.rows for b in self.blocks)
+        self._check_counts()
+
+    @property
+    def digest(self) -> str:
+        """Changes when a file, a row group or the schema does."""
+        return hashlib.sha256(repr((self.blocks, self.fields, self.meta.get("digest"))).encode()).hexdigest()
+
+    def field(self, name: str) -> Field:
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise DatasetError(f"dataset {self.url}: no field {name}, it has {', '.join(f.name for f in self.fields)}")
+
+    def _files(self) -> list[str]:
+        files = []
+        for file in storage.walk(self.url):
+            parts = file.path.split("/")
+            if not file.path.endswith(".parquet") or any(p.startswith(("_", ".")) for p in parts):
+                continue
+            if self.split is None or f"split={self.split}" in parts:
+                files.append(file.path)
+                self._sizes[file.path] = file.size
+        listed = self.meta.get("files")
+        if listed is not None:
+            wanted = {p for p in listed if self.split is None or f"split={self.split}" in p.split("/")}
+            for path in sorted(wanted - set(files)):
+                raise DatasetError(f"dataset {self.url}: {path} is missing")
+            for path in sorted(set(files) - wanted):
+                raise DatasetError(f"dataset {self.url}: {path} is not in {SCHEMA}: it was added after the dataset was finished")
+        if not files:
+            there = ", ".join(self.meta.get("counts", {})) or "none"
+            raise DatasetError(f"dataset {self.url}: no Parquet file" + (f" of split {self.split}; splits: {there}" if self.split else ""))
+        return files
+
+    def _check_counts(self):
+        counts = self.meta.get("counts")
+        if counts is None:
+            return
+        wanted = counts.get(self.split, 0) if self.split is not None else sum(counts.values())
+        if wanted != self.rows:
+            found = ", ".join(f"{path} {sum(n for n, _ in groups)}" for path, groups in list(self._groups.items())[:20])
+            raise DatasetError(f"dataset {self.url}: {self.rows} patches, {SCHEMA} says {wanted}; rows by file: {found}")
+
+    def _open(self, path: str) -> pq.ParquetFile:
+        url = storage.join(self.url, path)
+        local = storage.local_path(url)
+        return pq.ParquetFile(str(local) if local else storage.open(url))
+
+    def _footer(self, path: str) -> list[tuple[int, int]]:
+        """(rows, bytes before compression) of each row group."""
+        try:
+            with self._open(path) as file:
+                meta = file.metadata
+                return [(meta.row_group(i).num_rows, meta.row_group(i).total_byte_size) for i in range(meta.num_row_groups)]
+        except (OSError, pa.ArrowException) as e:
+            raise DatasetError(f"dataset {self.url}: {path} ({self._sizes[path]} bytes) is not a readable Parquet file: {_line(e)}") from None
+
+    def read(self, block: Block) -> dict[str, "Payloads | np.ndarray | list[str]"]:
+        """The columns of a row group. Raises :class:`DatasetError` when the file is gone, damaged, or not the one indexed."""
+        columns = [f.name for f in self.fields]
+        try:
+            with self._open(block.path) as file:
+                groups = [(file.metadata.row_group(i).num_rows, file.metadata.row_group(i).total_byte_size) for i in range(file.num_row_groups)]
+                if groups != self._groups[block.path]:
+                    raise DatasetError(
+                        f"dataset {self.url}: {block.path} changed while it was being read: it had row groups of "
+                        f"{[n for n, _ in self._groups[block.path]]} rows, now {[n for n, _ in groups]}"
+                    )
+                missing = sorted(set(columns) - set(file.schema_arrow.names))
+                if missing:
+                    raise DatasetError(f"dataset {self.url}: {block.path} has no column {', '.join(missing)}")
+                table = file.read_row_group(block.row_group, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as e:
+            raise DatasetError(f"dataset {self.url}: {block.path}, row group {block.row_group}: {_line(e)}") from None
+        if table.num_rows != block.rows:
+            raise DatasetError(f"dataset {self.url}: {block.path}, row group {block.row_group}: {table.num_rows} rows, wanted {block.rows}")
+        try:
+            return {f.name: _decode(table[f.name], f) for f in self.fields}
+        except (ValueError, SyntaxError, pa.ArrowException) as e:
+            raise DatasetError(f"dataset {self.url}: {block.path}, row group {block.row_group}: {_line(e)}") from None
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """The arrays of a column: row r of ``matrix`` (rows, bytes) uint8 holds the C-order bytes of array r; a view of what was read."""
+
+    matrix: np.ndarray
+
+
+def _read_meta(url: str) -> dict:
+    try:
+        meta = storage.read_json(storage.join(url, SCHEMA))
+    except FileNotFoundError:
+        raise DatasetError(
+            f"dataset {url}: no {SCHEMA}, so it is unfinished or was not written by sparkmed; to vouch for it, write one that lists "
+            "its fields (name, dtype, shape, codec) and the patches per split"
+        ) from None
+    except ValueError as e:
+        raise DatasetError(f"dataset {url}: {SCHEMA} is not JSON: {_line(e)}") from None
+    if not isinstance(meta, dict) or meta.get("format_version") != 1:
+        raise DatasetError(f"dataset {url}: {SCHEMA} has format_version {meta.get('format_version') if isinstance(meta, dict) else meta!r}, wanted 1")
+    if not {"patch_id", "image"} <= {f["name"] for f in meta.get("fields", ())}:
+        raise DatasetError(f"dataset {url}: {SCHEMA} lists no field patch_id or image")
+    return meta
+
+
+def _decode(column: pa.ChunkedArray, field: Field) -> Payloads | np.ndarray | list[str]:
+    if column.null_count:
+        raise ValueError(f"field {field.name} has {column.null_count} empty values")
+    if field.codec == "ndarray":
+        parts = [_payloads(chunk, field) for chunk in column.chunks if len(chunk)]
+        return Payloads(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    if field.codec != "scalar":
+        raise ValueError(f"field {field.name}: codec {field.codec} is not known; ndarray and scalar are")
+    if field.dtype == "str":
+        return column.to_pylist()
+    return column.to_numpy().astype(field.dtype, casting="safe", copy=False)
+
+
+def _payloads(chunk: pa.Array, field: Field) -> np.ndarray:
+    """The bytes behind the header of each .npy payload, (rows, bytes) uint8, as a view where all headers are equal."""
+    wide = pa.types.is_large_binary(chunk.type)
+    if not (wide or pa.types.is_binary(chunk.type)):
+        raise ValueError(f"field {field.name} is a column of {chunk.type}, wanted binary")
+    _, offsets, data = chunk.buffers()
+    offsets = np.frombuffer(offsets, np.int64 if wide else np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    data = np.frombuffer(data, np.uint8)
+    lengths = np.diff(offsets)
+    first = data[offsets[0] : offsets[1]]
+    header = _header(first, field)
+    if header is not None and (lengths == lengths[0]).all():
+        matrix = data[offsets[0] : offsets[-1]].reshape(len(chunk), lengths[0])
+        if (matrix[:, :header] == first[:header]).all():
+            return matrix[:, header:]
+    return np.stack([_array(data[a:b], field) for a, b in zip(offsets[:-1], offsets[1:], strict=True)])
+
+
+def _header(payload: np.ndarray, field: Field) -> int | None:
+    """Length of the .npy header of a C-order payload that is exactly the field's array; None for Fortran order."""
+    stream = io.BytesIO(payload[:4096].tobytes())
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if shape != field.shape or dtype != np.dtype(field.dtype):
+        raise ValueError(f"field {field.name} holds an array {shape} of {dtype}, wanted {field.shape} of {field.dtype}")
+    wanted = stream.tell() + dtype.itemsize * int(np.prod(shape))
+    if len(payload) != wanted:
+        raise ValueError(f"field {field.name} holds {len(payload)} bytes, wanted {wanted}")
+    return None if fortran and len(shape) > 1 else stream.tell()
+
+
+def _array(payload: np.ndarray, field: Field) -> np.ndarray:
+    _header(payload, field)
+    array = np.load(io.BytesIO(payload.tobytes()), allow_pickle=False)
+    return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def blocks_bytes(blocks: Sequence[Block]) -> int:
+    """Size of ``blocks`` before compression."""
+    return sum(b.bytes for b in blocks)
