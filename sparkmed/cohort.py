@@ -75,7 +75,8 @@ def require_splits(members: Sequence[Member], config: Config):
     if empty:
         have = ", ".join(f"{s} {len(subjects[s])}" for s in ("train", "val", "test"))
         raise InputError(
-            f"split {' and '.join(empty)} is empty (subjects: {have}): add data, change volumes.splits, or volumes.splits.val_from_train for given splits"
+            f"split {' and '.join(empty)} is empty (subjects: {have}): add data, change volumes.splits, "
+            "or set volumes.splits.val_from_train for given splits"
         )
 
 
@@ -98,7 +99,7 @@ def _roles(headers: Iterable[VolumeHeader], config: Config):
         named = matches[0] if matches else {}
         others = [p for p in header.source_paths if patterns and not any(q.match(p) == named for q in patterns)]
         if others:
-            message = f"{len(others)} of {len(header.sources)} files of one volume lie where the image pattern names another subject, class or split"
+            message = f"{len(others)} of the {len(header.sources)} files of one volume lie under another subject, class or split"
             rejections += [Rejection(uri, STAGE, "MIXED_PATHS", message) for uri in header.sources]
             continue
         images.append((header, named))
@@ -195,7 +196,8 @@ def _whole_subjects(members: list[Member]) -> list[Member]:
     if torn:
         subject, both = next(iter(sorted(torn.items())))
         raise InputError(
-            f"{len(torn)} subjects are in more than one split, such as {subject} in {' and '.join(both)}: a subject must not be trained on and tested on"
+            f"{len(torn)} subjects are in more than one split, such as {subject} in {' and '.join(both)}: "
+            "nobody may be both trained on and tested on"
         )
     return members
 

@@ -33,7 +33,7 @@ def _create(url: str, key: bytes):
     path = storage.local_path(url)
     if path is None:
         raise InputError(
-            f"a key is not written to the remote lake: name one in identity.key_file or {Config.model_fields['identity'].default.key_env}"
+            "no pseudonym key is made in a remote lake: name a file in identity.key_file or set the variable of identity.key_env"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

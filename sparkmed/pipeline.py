@@ -178,7 +178,6 @@ def score(config: Config) -> dict:
     model_digest, settings = _model_digest(model_url), digest(config.score.overlap, config.score.blending)[:16]
     ledger = tables.predictions(config.lake)
     keys = {scoring.key(r["uid"], model_digest, settings): r for r in _volumes(config)}
-    run_id = registry.version_facts(version)["run_id"]
     quarantine = tables.quarantine(config.lake)
     parked = set() if config.score.retry_refused else set(quarantine.read(["key"])["key"].to_pylist())
     scored = set(ledger.read(["key"])["key"].to_pylist())

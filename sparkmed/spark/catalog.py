@@ -16,7 +16,7 @@ STAGE = "catalog"
 
 
 def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, lineage: dict) -> dict[str, int]:
-    """Bring ``catalog/`` and ``quarantine/`` up to date with the files below ``url``; counts of what was new, changed, gone, refused.
+    """Bring ``catalog/`` and ``quarantine/`` up to date with the files below ``url``; counts what was new, changed, gone, refused.
 
     Only files that are new or whose size or modification time changed are opened. ``key`` makes pseudonyms of patients; None
     keeps their identifiers. Writes nothing when nothing changed. Raises FileNotFoundError when there is nothing at ``url``.

@@ -1,0 +1,57 @@
+import os
+
+import pytest
+
+from sparkmed import storage
+
+
+def test_walk_is_sorted_and_relative(tmp_path):
+    for name in ("b/x.txt", "a.txt", "b.txt", "b/a/z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    found = list(storage.walk(str(tmp_path)))
+    assert [f.path for f in found] == sorted(["a.txt", "b.txt", "b/a/z.txt", "b/x.txt"])
+    assert {f.size for f in found} == {2}
+    assert all(f.uri == f"file://{tmp_path}/{f.path}" for f in found)
+
+
+def test_walk_of_a_file_is_itself_and_of_nothing_an_error(tmp_path):
+    path = tmp_path / "x#1 %41.dcm"
+    path.write_bytes(b"1")
+    (only,) = storage.walk(str(path))
+    assert only.path == path.name
+    assert storage.read_bytes(only.uri) == b"1"
+    with pytest.raises(FileNotFoundError):
+        list(storage.walk(str(tmp_path / "none")))
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path):
+    (tmp_path / "outside").write_bytes(b"secret")
+    inside = tmp_path / "archive"
+    inside.mkdir()
+    (inside / "own").write_bytes(b"1")
+    os.symlink(tmp_path / "outside", inside / "away")
+    os.symlink(inside / "own", inside / "near")
+    os.symlink(tmp_path, inside / "loop")
+    assert [f.path for f in storage.walk(str(inside))] == ["near", "own"]
+
+
+def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
+    url = storage.join(str(tmp_path), "deep", "file")
+    storage.write_bytes(url, b"one")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_bytes(url, b"two")
+    assert storage.read_bytes(url) == b"one"
+    assert [f.path for f in storage.walk(str(tmp_path))] == ["deep/file"]
+
+
+def test_urls_of_other_file_systems():
+    storage.write_bytes("memory://bucket/a/b.txt", b"x")
+    assert storage.read_bytes("memory://bucket/a/b.txt") == b"x"
+    assert [f.path for f in storage.walk("memory://bucket")] == ["a/b.txt"]
+    assert storage.absolute("dbfs:/data") == "file:///dbfs/data"
