@@ -13,3 +13,12 @@ def shared_data() -> pathlib.Path:
     if not folder:
         pytest.skip("needs shared data")
     return pathlib.Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def spark_cluster(tmp_path_factory):
+    """A running Spark standalone cluster of two workers with one core each: see :mod:`cluster`."""
+    import cluster
+
+    with cluster.standalone(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
