@@ -1,0 +1,193 @@
+"""PNG, JPEG and TIFF: one picture of one page, as (C, I = column, J = row, 1)."""
+
+import io
+import warnings
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from sparkmed.formats.instance import check_size, to_json
+from sparkmed.rejection import Refused
+
+AFFINE = (-1.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+"""One unit per pixel, columns to the left and rows to the back as in DICOM: a picture knows no millimetres."""
+
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I": 1, "I;16": 1, "I;16B": 1, "F": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "YCbCr": 3}
+_EXIF_ORIENTATION = 0x0112
+
+
+def recognise(head: bytes) -> str:
+    """``png``, ``jpeg``, ``tiff`` or ``""``."""
+    if head.startswith(_PNG):
+        return "png"
+    if head.startswith(_JPEG):
+        return "jpeg"
+    return "tiff" if head.startswith(_TIFF) else ""
+
+
+class _Broken:
+    """Context: whatever a picture library raises or warns becomes a :class:`Refused`."""
+
+    def __enter__(self):
+        self.warnings = warnings.catch_warnings()
+        self.warnings.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, kind, error, trace):
+        self.warnings.__exit__(kind, error, trace)
+        if error is None or isinstance(error, Refused) or not isinstance(error, Exception):
+            return False
+        if isinstance(error, MemoryError | Image.DecompressionBombError):
+            raise Refused("TOO_LARGE", "the picture claims more pixels than are read") from None
+        raise Refused("BROKEN_PICTURE", f"the picture cannot be read ({type(error).__name__})") from None
+
+
+def _open(stream) -> Image.Image:
+    image = Image.open(stream, formats=("PNG", "JPEG", "MPO"))
+    if image.mode not in _CHANNELS:
+        raise Refused("BAD_TYPE", f"pixels of mode {image.mode}")
+    if image.format == "PNG":
+        if getattr(image, "n_frames", 1) > 1:
+            raise Refused("MULTI_PAGE", f"{image.n_frames} frames; one picture per file is read")
+        stream.seek(24)
+        bits, colour = stream.read(2)
+        if bits == 16 and colour not in (0,):  # the library would halve the bits without a word
+            raise Refused("BAD_TYPE", "16-bit colour PNG is not read")
+        image.info["depth"] = bits
+    return image
+
+
+def _shape(image: Image.Image) -> tuple[int, int, int, int]:
+    width, height = image.size
+    if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
+        width, height = height, width
+    return _CHANNELS[image.mode], width, height, 1
+
+
+def _tiff_page(stream) -> tifffile.TiffPage:
+    tiff = tifffile.TiffFile(stream)
+    if len(tiff.pages) != 1:
+        raise Refused("MULTI_PAGE", f"{len(tiff.pages)} pages; one picture per file is read")
+    page = tiff.pages[0]
+    if page.dtype is None or page.dtype.kind not in "iufb":
+        raise Refused("BAD_TYPE", f"TIFF samples of type {page.dtype}")
+    if page.axes not in ("YX", "YXS", "SYX") or (page.ndim == 3 and page.samplesperpixel not in (1, 2, 3, 4)):
+        raise Refused("MULTI_PAGE", f"a TIFF of axes {page.axes} and shape {page.shape}; one picture per file is read")
+    if page.photometric.name not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
+        raise Refused("BAD_TYPE", f"TIFF colours of kind {page.photometric.name}")
+    return page
+
+
+def _tiff_shape(page: tifffile.TiffPage) -> tuple[int, int, int, int]:
+    samples = page.samplesperpixel
+    return 3 if samples >= 3 else 1, page.imagewidth, page.imagelength, 1
+
+
+def read_header(stream, size: int, kind: str) -> dict:
+    """The fields of an :class:`Instance` that a picture determines; raises :class:`Refused`."""
+    with _Broken():
+        if kind == "tiff":
+            page = _tiff_page(stream)
+            shape, itemsize, mode = _tiff_shape(page), page.dtype.itemsize, f"{page.photometric.name} {page.dtype.name}"
+            check_size((*shape[1:], page.samplesperpixel), itemsize, size, True)
+        else:
+            image = _open(stream)
+            shape, mode = _shape(image), image.mode
+            check_size(shape, 4 if mode in "IF" else 1, size, True)
+    return {
+        "format": "raster",
+        "kind": "image",
+        "modality": "",
+        "series_uid": "",
+        "sop_uid": "",
+        "sop_class": "",
+        "transfer_syntax": kind,
+        "shape": shape,
+        "affine": AFFINE,
+        "patient": "",
+        "header": to_json({"mode": mode}),
+    }
+
+
+def read_array(data: bytes) -> np.ndarray:
+    """(C, I, J, 1) stored values of a picture; a bilevel or palette picture gives 0/1 or its colours.
+
+    Transparency that is the same everywhere is dropped, otherwise ``ALPHA``; raises :class:`Refused`.
+    """
+    kind = recognise(data[:16])
+    with _Broken():
+        array = _tiff(data) if kind == "tiff" else _picture(data)
+    array = np.ascontiguousarray(array.transpose(2, 1, 0)[..., None])
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        raise Refused("NON_FINITE", f"{bad} of {array.size} pixels are NaN or infinite")
+    return array
+
+
+def _picture(data: bytes) -> np.ndarray:
+    """(rows, columns, C)."""
+    from PIL import ImageOps
+
+    image = _open(io.BytesIO(data))
+    check_size(_shape(image), 1, len(data), True)
+    depth = image.info.get("depth", 8)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("P", "PA") or (image.mode == "RGB" and "transparency" in image.info):
+        image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
+    elif image.mode == "YCbCr":
+        image = image.convert("RGB")
+    array = np.asarray(image)
+    if array.dtype == bool:
+        array = array.astype(np.uint8)
+    if array.ndim == 2:
+        array = array[..., None]
+    if depth in (2, 4) and image.mode == "L":  # the library spreads them over 0..255
+        array = array // (255 // (2**depth - 1))
+    if image.mode == "I" and depth == 16:
+        array = array.astype(np.uint16)
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("="))
+    return _without_alpha(array)
+
+
+def _without_alpha(array: np.ndarray) -> np.ndarray:
+    if array.shape[2] in (2, 4):
+        alpha = array[..., -1]
+        if not (alpha == alpha.flat[0]).all():
+            raise Refused("ALPHA", "transparency varies within the picture")
+        array = array[..., :-1]
+    return array
+
+
+def _tiff(data: bytes) -> np.ndarray:
+    """(rows, columns, C)."""
+    page = _tiff_page(io.BytesIO(data))
+    check_size((*_tiff_shape(page)[1:], page.samplesperpixel), page.dtype.itemsize, len(data), True)
+    try:
+        array = page.asarray()
+    except Exception:  # compressions that tifffile leaves to a package which is not here
+        array = _tiff_by_pillow(data, page)
+    if array.ndim == 2:
+        array = array[..., None]
+    elif page.axes == "SYX":
+        array = array.transpose(1, 2, 0)
+    if array.shape != (page.imagelength, page.imagewidth, page.samplesperpixel):
+        raise Refused("BROKEN_PICTURE", f"decoded to {array.shape}")
+    if array.dtype == bool:
+        array = array.astype(np.uint8)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if page.photometric.name == "MINISWHITE":
+        top = 1 if page.bitspersample == 1 else np.iinfo(array.dtype).max
+        array = top - array
+    return _without_alpha(array)
+
+
+def _tiff_by_pillow(data: bytes, page: tifffile.TiffPage) -> np.ndarray:
+    image = Image.open(io.BytesIO(data), formats=("TIFF",))
+    array = np.asarray(image.convert("RGB") if image.mode == "YCbCr" else image)
+    if array.dtype.itemsize != page.dtype.itemsize or array.dtype.kind != page.dtype.kind:
+        raise Refused("BAD_TYPE", f"TIFF compression {page.compression.name} of {page.dtype.name} samples is not decoded")
+    return array
