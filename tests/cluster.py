@@ -1,7 +1,7 @@
 """A real Spark standalone cluster on loopback, from the pyspark that pip installed.
 
-Run as a program it is a keeper: it starts a command in a process group of its own and ends the group when the process that asked for
-it ends, however that happens. A killed test run therefore leaves neither a master nor workers behind.
+Run as a program it is a keeper: it starts a command in a process group of its own and ends the group when the process that
+asked for it ends, however that happens. A killed test run therefore leaves neither a master nor workers behind.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SPARK_HOME = pathlib.Path(pyspark.__file__).parent
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster: ``master`` is its ``spark://`` address, ``web`` the master's page, ``folder`` holds all logs and work files."""
+    """A running cluster: ``master`` is its ``spark://`` address, ``web`` the master's page, ``folder`` has logs and work files."""
 
     master: str
     web: str
@@ -37,14 +37,18 @@ class Cluster:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{self.web}/json/", timeout=10) as page:
             return json.load(page)
 
-    def submit(self, program, *args, conf: dict | None = None, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-        """Run ``spark-submit program args...`` to its end; ``stdout`` and ``stderr`` are text. Raises TimeoutError with what was said so far."""
-        settings = {"spark.executor.memory": "1g", "spark.driver.memory": "1g", "spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1"}
-        settings |= conf or {}
+    def submit(self, program, *args, conf: dict | None = None, env: dict | None = None, timeout: float = 300):
+        """Run ``spark-submit program args...`` to its end; a :class:`subprocess.CompletedProcess` with text.
+
+        Raises TimeoutError after ``timeout`` seconds, with what was said so far; the program has ended then.
+        """
+        settings = {"spark.executor.memory": "1g", "spark.driver.memory": "1g", "spark.driver.host": "127.0.0.1"}
+        settings |= {"spark.ui.enabled": "false"} | (conf or {})
         command = [str(SPARK_HOME / "bin" / "spark-submit"), "--master", self.master]
         command += [word for key, value in settings.items() for word in ("--conf", f"{key}={value}")]
         command += [str(program), *(str(a) for a in args)]
-        with _kept(command, _environment(self.folder) | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with _kept(command, _environment(self.folder) | (env or {}), **streams) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired as e:
@@ -54,15 +58,19 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def standalone(folder: pathlib.Path, workers: int = 2, cores: int = 1, memory: str = "2g", patience: float = 90) -> Iterator[Cluster]:
-    """A master and ``workers`` workers on 127.0.0.1 at free ports, all registered; they end with the block."""
+def standalone(folder: pathlib.Path, workers=2, cores=1, memory="2g", patience=90.0) -> Iterator[Cluster]:
+    """A master and ``workers`` workers on 127.0.0.1 at free ports, all registered; they end with the block.
+
+    ``folder`` exists and is empty; ``cores`` and ``memory`` are what one worker offers. Raises TimeoutError after ``patience`` s.
+    """
     (folder / "conf").mkdir()
     with contextlib.ExitStack() as stack:
 
         def start(name: str, *arguments: str) -> pathlib.Path:
             log = folder / f"{name}.log"
             command = [str(SPARK_HOME / "bin" / "spark-class"), *arguments]
-            stack.enter_context(_kept(command, _environment(folder), stdout=stack.enter_context(open(log, "w")), stderr=subprocess.STDOUT))
+            output = stack.enter_context(open(log, "w"))
+            stack.enter_context(_kept(command, _environment(folder), stdout=output, stderr=subprocess.STDOUT))
             return log
 
         at = ["--host", "127.0.0.1", "--port", "0", "--webui-port", "0"]
@@ -83,8 +91,8 @@ def standalone(folder: pathlib.Path, workers: int = 2, cores: int = 1, memory: s
 
 def _environment(folder: pathlib.Path) -> dict[str, str]:
     """This process's environment without the Spark that the user may have set up, and with this interpreter for all of Python."""
-    ours = {k: v for k, v in os.environ.items() if not k.startswith(("SPARK_", "PYSPARK_", "HADOOP_", "YARN_")) and k != "PYTHONSTARTUP"}
-    return ours | {
+    others = ("SPARK_", "PYSPARK_", "HADOOP_", "YARN_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(others)} | {
         "SPARK_HOME": str(SPARK_HOME),
         "SPARK_CONF_DIR": str(folder / "conf"),
         "SPARK_LOCAL_DIRS": str(folder / "local"),
@@ -110,8 +118,9 @@ def _kept(command: list[str], environment: dict[str, str], **streams) -> Iterato
     """``command`` under a keeper: it ends with the block, and with this process."""
     theirs, ours = os.pipe()
     keeper = [sys.executable, __file__, str(theirs), *command]
+    streams |= {"stdin": subprocess.DEVNULL, "pass_fds": [theirs], "start_new_session": True}
     try:
-        process = subprocess.Popen(keeper, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs], start_new_session=True, **streams)
+        process = subprocess.Popen(keeper, env=environment, **streams)
     finally:
         os.close(theirs)
     try:

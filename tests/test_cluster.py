@@ -87,7 +87,8 @@ def test_horovod_in_a_packed_environment(spark_cluster, program, tmp_path):
     (tmp_path / "environment" / "pyvenv.cfg").write_text((pathlib.Path(sys.prefix) / "pyvenv.cfg").read_text())
     with tarfile.open(tmp_path / "environment.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "environment", ".")
-    launch = "import os; ranks = horovod.spark.run(train, num_proc=2, use_gloo=True, start_timeout=60, executable=os.environ['PYSPARK_PYTHON'])"
+    how = "num_proc=2, use_gloo=True, start_timeout=60, executable=os.environ['PYSPARK_PYTHON']"
+    launch = f"import os; ranks = horovod.spark.run(train, {how})"
     conf = {"spark.archives": f"{tmp_path / 'environment.tar.gz'}#environment"}
     env = {"PYSPARK_PYTHON": "./environment/bin/python"}
     ended = spark_cluster.submit(program(HOROVOD.format(launch=launch)), conf=conf, env=env)

@@ -33,12 +33,12 @@ fi
 java=java
 [ -n "${JAVA_HOME:-}" ] && java=$JAVA_HOME/bin/java # as Spark chooses
 if version=$("$java" -version 2>&1 </dev/null); then
-    version=$(printf '%s\n' "$version" | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1)
+    version=$(printf '%s\n' "$version" | sed -n 's/.* version "\([^"]*\)".*/\1/p' | head -n 1)
     found="found ${version:-another}${JAVA_HOME:+ in JAVA_HOME}"
 else
     version= found="found none${JAVA_HOME:+ in JAVA_HOME}"
 fi
-if [ "$version" != 17 ]; then
+if [ "${version%%.*}" != 17 ]; then
     lacks "Java 17" "$found" "openjdk-17-jre-headless" "java-17-openjdk-headless" "openjdk=17"
     notes+=("Java 17 may stand beside other Javas: set JAVA_HOME to its folder.")
 fi

@@ -2,8 +2,8 @@
 
     python3.11 horovod_wheel.py [--python .venv/bin/python]
 
-Horovod is published as sources only. They set C++14, which torch >= 2.1 refuses, so the compiler is wrapped; and the result fits one
-torch only, so that wheels are kept by the versions of horovod, torch and python, in $SPARKMED_CACHE/wheels or ~/.cache/sparkmed/wheels.
+Horovod is published as sources only. They set C++14, which torch >= 2.1 refuses, so the compiler is wrapped. What comes out fits
+one torch only: wheels are kept by the versions of horovod, torch and python in $SPARKMED_CACHE/wheels, ~/.cache/sparkmed/wheels.
 HOROVOD_GPU_OPERATIONS=NCCL makes a wheel whose ranks talk from GPU to GPU. Standard library only.
 """
 
@@ -85,8 +85,9 @@ def _build(python: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Pat
     log = folder / f"{name}.log"
     with contextlib.ExitStack() as stack:
         building = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".building-{name}-", dir=folder)))
-        # the sources' CMake files take no blank in a path
-        scratch = building if " " not in str(building) else pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
+        scratch = building
+        if " " in str(building):  # the sources' CMake files take no blank in a path
+            scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
         if " " in str(python):
             (scratch / "environment").symlink_to(python.parent.parent)
             python = scratch / "environment" / "bin" / python.name
@@ -105,7 +106,8 @@ def _build(python: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Pat
             raise SystemExit(f"{tail}\nthe Horovod wheel could not be built; all that was said is in {log}")
         with zipfile.ZipFile(built) as archive:
             archive.extractall(scratch / "trial")
-        trial = subprocess.run([python, "-c", TRIAL], env={**os.environ, "PYTHONPATH": str(scratch / "trial")}, capture_output=True, text=True)
+        unpacked = {**os.environ, "PYTHONPATH": str(scratch / "trial")}
+        trial = subprocess.run([python, "-c", TRIAL], env=unpacked, capture_output=True, text=True)
         if trial.returncode:
             raise SystemExit(f"{trial.stderr}\nthe Horovod wheel was built but does not load; the build is in {log}")
         (building / "out").rename(folder / name)
@@ -114,6 +116,6 @@ def _build(python: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Pat
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", type=pathlib.Path, default=pathlib.Path(sys.executable), help="interpreter that has torch, setuptools, wheel")
+    parser.add_argument("--python", type=pathlib.Path, default=sys.executable, help="one that has torch, setuptools and wheel")
     # absolute, but links are kept: a virtual environment's python is a link
     print(wheel(parser.parse_args().python.absolute(), cache()))

@@ -31,11 +31,11 @@ def install(root: pathlib.Path, cache: pathlib.Path):
         stamp.unlink(missing_ok=True)
         if not _runs(python) or found.get("root", wanted["root"]) != wanted["root"]:  # its programs name the folder it was made in
             _run([sys.executable, "-m", "venv", "--clear", venv], "creating .venv")
-        _run([python, "-m", "pip", "install", "--quiet", "-r", root / "requirements.lock"], "installing requirements.lock into .venv")
+        pip = [python, "-m", "pip", "install", "-qq"]
+        _run([*pip, "-r", root / "requirements.lock"], "installing requirements.lock into .venv (2 minutes)")
         wheel = horovod_wheel.wheel(python, cache)
-        _run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel], "installing Horovod")
-        here = ["--no-deps", "--no-build-isolation", "--editable", root]
-        _run([python, "-m", "pip", "install", "--quiet", *here], "installing sparkmed")
+        _run([*pip, "--no-deps", "--force-reinstall", wheel], "installing Horovod")
+        _run([*pip, "--no-deps", "--no-build-isolation", "--editable", root], "installing sparkmed")
         _run([python, "-m", "pip", "check"], "checking the environment")
         stamp.with_suffix(".new").write_text(json.dumps(wanted))
         stamp.with_suffix(".new").replace(stamp)
@@ -54,8 +54,9 @@ def _runs(python: pathlib.Path) -> bool:
 
 def _run(command: list, what: str):
     print(f"{what} ...", file=sys.stderr, flush=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")}
-    status = subprocess.run(command, env={**environment, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}, stdin=subprocess.DEVNULL).returncode
+    elsewhere = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
+    environment = {k: v for k, v in os.environ.items() if k not in elsewhere} | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL).returncode
     if status:
         raise SystemExit(f"{what}: failed (exit status {status})")
 
