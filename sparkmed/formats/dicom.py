@@ -6,10 +6,12 @@ message quotes a header value that could identify a person.
 """
 
 import contextlib
+import functools
 import io
 import logging
 import math
 import re
+import struct
 import warnings
 import zlib
 
@@ -82,7 +84,7 @@ _PIXEL_KEYWORDS = (
     "SegmentedBluePaletteColorLookupTableData PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable "
     "ExtendedOffsetTableLengths"
 ).split()
-_TAGS = [pydicom.datadict.tag_for_keyword(k) for k in _HEADER_KEYWORDS]
+_TAGS = {k: pydicom.datadict.tag_for_keyword(k) for k in _HEADER_KEYWORDS}
 _PIXEL_TAGS = [pydicom.datadict.tag_for_keyword(k) for k in _PIXEL_KEYWORDS]
 _GROUP_STARTS = (b"\x02\x00", b"\x08\x00")
 _CODE = re.compile(r"^[A-Za-z0-9_ .-]{1,64}$")
@@ -92,6 +94,8 @@ _INFLATE_LIMIT = 1 << 30
 def recognise(head: bytes) -> bool:
     """True when the first bytes of a file are those of a DICOM object, with or without its preamble."""
     if head[128:132] == b"DICM":
+        return True
+    if head[:4] == b"\0\x08\0\x05" and head[4:6] == b"CS":  # big endian
         return True
     if head[:2] not in _GROUP_STARTS or len(head) < 16:
         return False
@@ -147,34 +151,71 @@ def _inflated(stream):
     return io.BytesIO(meta.replace(DEFLATED.encode(), plain, 1) + data), DEFLATED
 
 
-def _number(value) -> float | None:
-    """A finite number, or None when the element is absent or empty; raises ``BAD_VALUE``."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, pydicom.multival.MultiValue):
-        value = value[0] if len(value) else None
-        if value is None:
+class _Header:
+    """The values of a data set, from the bytes as they stand: faster than pydicom's own conversion, and no warnings.
+
+    Absent and empty elements are None; a value that is not what its element holds raises :class:`Refused`.
+    """
+
+    def __init__(self, dataset, little: bool):
+        self.dataset = dataset
+        self.order = "<" if little else ">"
+
+    def __contains__(self, keyword: str) -> bool:
+        return _TAGS[keyword] in self.dataset
+
+    def _value(self, keyword: str) -> tuple[bytes, str | None]:
+        element = self.dataset.get_item(_TAGS[keyword])
+        if element is None or element.value is None:
+            return b"", None
+        if not isinstance(element.value, bytes):
+            if not element.value:
+                return b"", None
+            raise Refused("BAD_VALUE", f"{keyword} holds no plain value")
+        return element.value, element.VR
+
+    def texts(self, keyword: str) -> list[str]:
+        """Code strings and UIDs; what does not look like one is left empty."""
+        value, _ = self._value(keyword)
+        found = [t.strip(" \0") for t in value[:4096].decode("latin-1").split("\\")]
+        return [t if _CODE.match(t) else "" for t in found] if value else []
+
+    def text(self, keyword: str) -> str:
+        return (self.texts(keyword) or [""])[0]
+
+    def numbers(self, keyword: str, count: int | None = None) -> list[float] | None:
+        """Finite numbers, ``count`` of them when given."""
+        value, vr = self._value(keyword)
+        binary = _BINARY.get(vr) or (_BINARY.get(_BINARY_KEYWORDS.get(keyword)) if vr in (None, "UN") else None)
+        if not (value if binary else value.strip(b" \0\\")):
             return None
-    number = float(value)
-    if not math.isfinite(number):
-        raise Refused("BAD_VALUE", "a number in the header is not finite")
-    return number
+        try:
+            if binary:
+                found = [float(v) for (v,) in struct.iter_unpack(self.order + binary, value)]
+            else:
+                found = [float(v) for v in value.strip(b" \0").split(b"\\")]
+        except (ValueError, struct.error):
+            raise Refused("BAD_VALUE", f"{keyword} is not a number") from None
+        if not all(map(math.isfinite, found)):
+            raise Refused("BAD_VALUE", f"{keyword} is not finite")
+        if count is not None and len(found) != count:
+            raise Refused("BAD_GEOMETRY", f"{keyword} has {len(found)} values, wanted {count}")
+        return found
+
+    def number(self, keyword: str) -> float | None:
+        found = self.numbers(keyword)
+        return None if found is None else found[0]
+
+    def integer(self, keyword: str, default: int | None = None) -> int | None:
+        found = self.number(keyword)
+        return default if found is None else int(found)
 
 
-def _numbers(value, count: int, what: str) -> list[float] | None:
-    if value is None or value == "":
-        return None
-    values = [float(v) for v in value] if isinstance(value, pydicom.multival.MultiValue) else [float(value)]
-    if len(values) == 0:
-        return None
-    if len(values) != count or not all(map(math.isfinite, values)):
-        raise Refused("BAD_GEOMETRY", f"{what} has {len(values)} values, wanted {count} finite numbers")
-    return values
-
-
-def _integer(dataset, keyword: str, default: int | None = None) -> int | None:
-    number = _number(dataset.get(keyword))
-    return default if number is None else int(number)
+_BINARY = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FD": "d", "FL": "f"}
+_BINARY_KEYWORDS = {
+    **dict.fromkeys(("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation"), "US"),
+    "DiffusionBValue": "FD",
+}
 
 
 def _code(value) -> str:
@@ -193,110 +234,111 @@ def read_header(stream, size: int) -> dict:
         stream, deflated = _inflated(stream)
         if deflated:
             size = stream.getbuffer().nbytes
-        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_TAGS, force=True)
+        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(_TAGS.values()), force=True)
         stopped = stream.tell()
         element = stream.read(12)
         return _facts(ds, deflated, element, stopped, size)
 
 
 def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) -> dict:
-    meta = ds.file_meta
-    syntax = deflated or _code(meta.get("TransferSyntaxUID"))
     implicit, little = ds.original_encoding
+    h = _Header(ds, little)
+    syntax = deflated or _code(ds.file_meta.get("TransferSyntaxUID"))
     if not syntax:
         syntax = str(pydicom.uid.ImplicitVRLittleEndian if implicit else
                      pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian)  # fmt: skip
-    sop_class = _code(ds.get("SOPClassUID")) or _code(meta.get("MediaStorageSOPClassUID"))
-    modality = _code(ds.get("Modality"))
-    if not sop_class and not modality and "Rows" not in ds:
+    sop_class = h.text("SOPClassUID") or _code(ds.file_meta.get("MediaStorageSOPClassUID"))
+    modality = h.text("Modality")
+    if not sop_class and not modality and "Rows" not in h:
         raise Refused("BROKEN_DICOM", "neither a SOP class nor a modality nor an image: not a whole DICOM object")
+    study = h.text("StudyInstanceUID") or None
     fields = {
         "format": "dicom",
         "kind": "other",
         "modality": modality,
-        "series_uid": _code(ds.get("SeriesInstanceUID")),
-        "sop_uid": _code(ds.get("SOPInstanceUID")),
+        "series_uid": h.text("SeriesInstanceUID"),
+        "sop_uid": h.text("SOPInstanceUID"),
         "sop_class": sop_class,
         "transfer_syntax": syntax,
         "shape": (0, 0, 0, 0),
         "affine": None,
         "patient": str(ds.get("PatientID") or ds.get("PatientName") or "").strip(),
-        "header": to_json({"study": _code(ds.get("StudyInstanceUID")) or None}),
+        "header": to_json({"study": study}),
     }
-    name = UID(sop_class).name if sop_class else ""
-    if sop_class in _NOT_IMAGES or modality in _NOT_IMAGE_MODALITIES or (name and name != sop_class and "Image" not in name):
+    name = _class_name(sop_class)
+    if sop_class in _NOT_IMAGES or modality in _NOT_IMAGE_MODALITIES or (name and "Image" not in name):
         return fields
-    tag = _pixel_element(element, implicit, little)
-    if tag is None:
+    pixels = _pixel_element(element, implicit, little)
+    if pixels is None:
         if stopped > size:
             raise Refused("TRUNCATED", f"an element before the pixel data ends {stopped - size} bytes behind the end of the file")
-        if "Rows" in ds or "Image" in name:
+        if "Rows" in h or "Image" in name:
             raise Refused("NO_PIXEL_DATA", "an image object without pixel data")
         return fields
-    rows, columns = _integer(ds, "Rows"), _integer(ds, "Columns")
-    if not rows or not columns:
-        raise Refused("BAD_SHAPE", "pixel data without rows or columns")
-    frames = _integer(ds, "NumberOfFrames", 1) or 1
-    samples = _integer(ds, "SamplesPerPixel", 1)
-    allocated = _integer(ds, "BitsAllocated", {0x7FE00008: 32, 0x7FE00009: 64}.get(tag[0]))
-    if not allocated or samples not in (1, 3) or frames < 1:
-        raise Refused("BAD_SHAPE", f"{samples} samples of {allocated} bits in {frames} frames")
-    stored = _integer(ds, "BitsStored", allocated)
-    photometric = _code(ds.get("PhotometricInterpretation"))
-    _check_pixel_length(tag, rows, columns, frames, samples, allocated, photometric, stopped, size)
-    channels = 3 if photometric == "PALETTE COLOR" else samples
-    position = _numbers(ds.get("ImagePositionPatient"), 3, "ImagePositionPatient")
-    orientation = _numbers(ds.get("ImageOrientationPatient"), 6, "ImageOrientationPatient")
-    spacing = _numbers(ds.get("PixelSpacing"), 2, "PixelSpacing")
-    detector = None
-    if spacing is None:
-        detector = _numbers(ds.get("ImagerPixelSpacing"), 2, "ImagerPixelSpacing") or _numbers(
-            ds.get("NominalScannedPixelSpacing"), 2, "NominalScannedPixelSpacing"
-        )
-    image_type = ds.get("ImageType") or []
-    image_type = [_code(t) for t in ([image_type] if isinstance(image_type, str) else image_type)]
+    rows, columns = h.integer("Rows"), h.integer("Columns")
+    frames, samples = h.integer("NumberOfFrames", 1), h.integer("SamplesPerPixel", 1)
+    allocated = h.integer("BitsAllocated", {0x7FE00008: 32, 0x7FE00009: 64}.get(pixels[0]))
+    stored = h.integer("BitsStored", allocated)
+    if not rows or not columns or samples not in (1, 3) or frames < 1:
+        raise Refused("BAD_SHAPE", f"pixel data of {rows} rows, {columns} columns, {samples} samples, {frames} frames")
+    if allocated not in (1, 8, 16, 32, 64) or not 1 <= stored <= allocated:
+        raise Refused("BAD_TYPE", f"pixel data of {stored} bits stored in {allocated}")
+    photometric = h.text("PhotometricInterpretation")
+    _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
+    spacing = (
+        h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
+    )
     header = {
-        "study": _code(ds.get("StudyInstanceUID")) or None,
-        "number": _integer(ds, "InstanceNumber"),
-        "acquisition": _integer(ds, "AcquisitionNumber"),
-        "temporal": _integer(ds, "TemporalPositionIdentifier"),
-        "trigger": _number(ds.get("TriggerTime")),
-        "frame_time": _number(ds.get("FrameReferenceTime")),
-        "echo": _number(ds.get("EchoTime")),
-        "echo_number": _integer(ds, "EchoNumbers"),
-        "b": _number(ds.get("DiffusionBValue")),
-        "type": image_type or None,
-        "frame": _code(ds.get("FrameOfReferenceUID")) or None,
-        "position": position,
-        "orientation": orientation,
-        "spacing": spacing or detector,
-        "gap": _number(ds.get("SpacingBetweenSlices")),
-        "thickness": _number(ds.get("SliceThickness")),
+        "study": study,
+        "number": h.integer("InstanceNumber"),
+        "acquisition": h.integer("AcquisitionNumber"),
+        "temporal": h.integer("TemporalPositionIdentifier"),
+        "trigger": h.number("TriggerTime"),
+        "frame_time": h.number("FrameReferenceTime"),
+        "echo": h.number("EchoTime"),
+        "echo_number": h.integer("EchoNumbers"),
+        "b": h.number("DiffusionBValue"),
+        "type": h.texts("ImageType") or None,
+        "frame": h.text("FrameOfReferenceUID") or None,
+        "position": h.numbers("ImagePositionPatient", 3),
+        "orientation": h.numbers("ImageOrientationPatient", 6),
+        "spacing": spacing,
+        "gap": h.number("SpacingBetweenSlices"),
+        "thickness": h.number("SliceThickness"),
         "frames": None if frames == 1 else frames,
         "photometric": photometric,
         "allocated": allocated,
         "bits": stored,
-        "signed": bool(_integer(ds, "PixelRepresentation", 0)),
-        "float": tag[0] != 0x7FE00010 or None,
-        "slope": _number(ds.get("RescaleSlope")),
-        "intercept": _number(ds.get("RescaleIntercept")),
-        "lut": bool(ds.get("ModalityLUTSequence")) or None,
-        "burned_in": str(ds.get("BurnedInAnnotation") or "").strip().upper() == "YES" or None,
+        "signed": bool(h.integer("PixelRepresentation", 0)),
+        "float": pixels[0] != 0x7FE00010 or None,
+        "slope": h.number("RescaleSlope"),
+        "intercept": h.number("RescaleIntercept"),
+        "lut": "ModalityLUTSequence" in h or None,
+        "burned_in": h.text("BurnedInAnnotation") == "YES" or None,
     }
-    fields.update(kind="image", shape=(channels, columns, rows, frames), affine=_slice_affine(header), header=to_json(header))
+    shape = (3 if photometric == "PALETTE COLOR" else samples, columns, rows, frames)
+    fields.update(kind="image", shape=shape, affine=_slice_affine(header), header=to_json(header))
     return fields
+
+
+@functools.lru_cache(1024)
+def _class_name(sop_class: str) -> str:
+    """The standard's name of a SOP class, empty when it is not in the dictionary."""
+    name = UID(sop_class).name if sop_class else ""
+    return "" if name == sop_class else name
 
 
 def _slice_affine(header: dict) -> tuple[float, ...] | None:
     """RAS+ affine of one slice as 16 numbers, None when the header does not say where it lies."""
     position, orientation, spacing = header["position"], header["orientation"], header["spacing"]
-    if not (position and orientation and spacing):
+    if not (position and orientation and spacing) or min(spacing) <= 0:
         return None
-    normal = np.cross(orientation[:3], orientation[3:])
-    step = normal * abs(header["gap"] or header["thickness"] or 1.0)
-    affine = slice_affine(position, orientation, spacing, step)
-    if abs(np.linalg.det(affine[:3, :3])) == 0 or not np.isfinite(affine).all():
+    (a, b, c), (d, e, f) = orientation[:3], orientation[3:]
+    normal = (b * f - c * e, c * d - a * f, a * e - b * d)
+    if sum(x * x for x in normal) < 0.5:
         return None
+    thick = abs(header["gap"] or header["thickness"] or 1.0)
+    affine = slice_affine(position, orientation, spacing, [x * thick for x in normal])
     return tuple(affine.ravel().tolist())
 
 

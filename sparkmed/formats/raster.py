@@ -76,9 +76,18 @@ def _tiff_page(stream) -> tifffile.TiffPage:
         raise Refused("BAD_TYPE", f"TIFF samples of type {page.dtype}")
     if page.axes not in ("YX", "YXS", "SYX") or (page.ndim == 3 and page.samplesperpixel not in (1, 2, 3, 4)):
         raise Refused("MULTI_PAGE", f"a TIFF of axes {page.axes} and shape {page.shape}; one picture per file is read")
-    if page.photometric.name not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
+    ramp = page.photometric.name == "PALETTE" and _is_ramp(page.colormap)
+    if page.photometric.name not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR") and not ramp:
         raise Refused("BAD_TYPE", f"TIFF colours of kind {page.photometric.name}")
     return page
+
+
+def _is_ramp(colormap) -> bool:
+    """True when a palette only tints intensities, as microscopes write it: every colour a multiple of the index, or none."""
+    if colormap is None or len(colormap) != 3:
+        return False
+    ramp = np.linspace(0, 1, colormap.shape[1])
+    return all(np.abs(c - ramp * c[-1]).max() <= 512 for c in np.asarray(colormap, np.float64))
 
 
 def _tiff_shape(page: tifffile.TiffPage) -> tuple[int, int, int, int]:
