@@ -5,6 +5,7 @@ A verb returns a dictionary of what it did; :func:`run` does all of them.
 
 import datetime
 import hashlib
+import importlib.util
 import json
 import logging
 import statistics
@@ -15,14 +16,14 @@ from collections.abc import Callable
 import sparkmed
 from sparkmed import dataset, identity, report, scoring, storage, tables, tracking
 from sparkmed.config import Config, digest
-from sparkmed.learning import metrics
+from sparkmed.learning import losses, metrics, networks
 from sparkmed.rejection import InputError
 from sparkmed.spark import catalog as spark_catalog
 from sparkmed.spark import patches as spark_patches
 from sparkmed.spark import score as spark_score
 from sparkmed.spark import session as spark_session
 from sparkmed.spark import volumes as spark_volumes
-from sparkmed.training import launch
+from sparkmed.training import comm, launch
 
 log = logging.getLogger("sparkmed")
 
@@ -122,7 +123,7 @@ def train(config: Config) -> dict:
             run.file(png, f"examples/{name}.png")
         model_tags = {**tags, "sparkmed.dataset": facts["digest"], "sparkmed.config_digest": digest(config.score)[:16]}
         version = run.register(result["model"], model_tags | {k: f"{v:.4f}" for k, v in figures.items() if v is not None})
-    return {"version": version, "minutes": round(minutes, 2), "best_epoch": result["best_epoch"], **_rounded(figures)}
+    return {"version": version, "minutes": round(minutes, 2), "best_epoch": result["best"]["epoch"], **_rounded(figures)}
 
 
 def promote(config: Config) -> dict:
@@ -253,7 +254,7 @@ def check(config: Config) -> list[str]:
     attempt(lambda: _archive_is_there(config))
     attempt(lambda: _key(config))
     attempt(lambda: tracking.of(config).check())
-    attempt(lambda: launch.check(config))
+    attempt(lambda: _network_builds(config))
     return problems
 
 
@@ -264,6 +265,16 @@ def _archive_is_there(config: Config):
         raise InputError(f"archive {config.archive} does not exist: say where the images are with archive=FOLDER") from None
     if first is None:
         raise InputError(f"archive {config.archive} holds no file")
+
+
+def _network_builds(config: Config):
+    """The names in ``train`` exist and take their arguments; Horovod is there when it is wanted."""
+    train, classes = config.train, len(config.classes)
+    networks.build(train.network, 1, classes, networks.spatial_dims(config.patches.size))
+    losses.build(train.loss, config.task)
+    metrics.build(train.metric, config.task, classes)
+    if train.processes > 1 and importlib.util.find_spec("horovod") is None:
+        raise InputError(comm.MISSING_HOROVOD)
 
 
 def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:

@@ -22,3 +22,12 @@ def spark_cluster(tmp_path_factory):
 
     with cluster.standalone(tmp_path_factory.mktemp("cluster")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def spark():
+    """Spark in this process with two task slots."""
+    from sparkmed import config
+    from sparkmed.spark import session
+
+    return session.session(config.Spark(master="local[2]", conf={"spark.sql.shuffle.partitions": "4"}), "tests")
