@@ -21,7 +21,8 @@ def as_label(volume: Volume) -> Volume:
         raise Refused("LABEL_CHANNELS", f"a label image has one channel, this has {len(array)}")
     if array.dtype.kind == "f":
         rounded = np.rint(array)
-        wrong = ~(np.abs(array - rounded) <= _WHOLE)  # NaN is wrong too
+        with np.errstate(invalid="ignore"):
+            wrong = ~(np.abs(array - rounded) <= _WHOLE)  # NaN and infinity are wrong too
         if wrong.any():
             several = f"{np.count_nonzero(wrong)} voxels are not whole numbers: {_some(array[wrong])}"
             raise Refused("LABEL_NOT_INTEGER", several)

@@ -12,7 +12,7 @@ from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
 from sparkmed.rejection import InputError, Refused
 
-_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green, blue: ITU-R BT.601
+_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601
 
 
 def apply(volume: Volume, spec: Preprocess, label: Volume | None = None) -> Volume | tuple[Volume, Volume]:
@@ -73,4 +73,4 @@ def _gray(array: np.ndarray) -> np.ndarray:
         return array
     if len(array) != 3:
         raise Refused("CHANNELS", f"preprocess.channels gray takes 1 or 3 channels, this image has {len(array)}")
-    return np.tensordot(_LUMINANCE, array.astype(np.float32), axes=1)[None]
+    return sum(np.float32(w) * channel.astype(np.float32) for w, channel in zip(_LUMINANCE, array, strict=True))[None]

@@ -120,7 +120,8 @@ def _real(channel: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(channel, np.float32)
     if channel.dtype.kind == "f" and not np.isfinite(values).all():
-        raise Refused("NOT_FINITE", f"{np.count_nonzero(~np.isfinite(values))} voxels are infinite, not a number, or beyond float32")
+        broken = np.count_nonzero(~np.isfinite(values))
+        raise Refused("NOT_FINITE", f"{broken} voxels are infinite, not a number, or beyond float32")
     return values
 
 
@@ -148,7 +149,7 @@ def _separable(array, to_source, axes, shape, order, cval) -> np.ndarray:
     if order == 0:
         picked = array
         for axis, x in enumerate(positions):
-            picked = picked.take(_nearest(x, array.shape[1 + axis]), axis=1 + axis)
+            picked = picked.take(_nearest(_untied(x), array.shape[1 + axis]), axis=1 + axis)
     else:
         factors = [abs(to_source[a, o]) for a, o in enumerate(axes)]
         weights = [_linear(x, n) @ _gaussian(n, f) for x, n, f in zip(positions, array.shape[1:], factors, strict=True)]
@@ -209,6 +210,15 @@ def _outside(x: np.ndarray, n: int) -> np.ndarray:
 def _nearest(x: np.ndarray, n: int) -> np.ndarray:
     """The voxel nearest to each position; of two equally near ones the first, whatever the rounding errors."""
     return np.clip(np.ceil(x - 0.5 - _SNAP), 0, n - 1).astype(np.intp)
+
+
+def _untied(x: np.ndarray) -> np.ndarray:
+    """Positions along an axis where those midway between two voxels go up and down in turn.
+
+    Halving a label has midway positions only: all rounded one way, it would be half a voxel beside its image.
+    """
+    midway = np.abs(x - np.floor(x) - 0.5) < _SNAP
+    return np.where(midway, np.floor(x) + np.cumsum(midway) % 2, x)
 
 
 def _linear(x: np.ndarray, n: int) -> sparse.csr_array:
