@@ -152,7 +152,7 @@ def _separable(array, to_source, axes, shape, order, cval) -> np.ndarray:
             picked = picked.take(_nearest(_untied(x), array.shape[1 + axis]), axis=1 + axis)
     else:
         factors = [abs(to_source[a, o]) for a, o in enumerate(axes)]
-        weights = [_linear(x, n) @ _gaussian(n, f) for x, n, f in zip(positions, array.shape[1:], factors, strict=True)]
+        weights = [_smooth_linear(x, n, f) for x, n, f in zip(positions, array.shape[1:], factors, strict=True)]
         todo = [a for a in range(3) if not _is_identity(weights[a])]
         todo.sort(key=lambda a: weights[a].shape[0] / weights[a].shape[1])  # what shrinks first saves work later
         picked = np.empty((len(array), *(len(x) for x in positions)), np.float32)
@@ -174,7 +174,7 @@ def _oblique(array, to_source, shape, order, cval) -> np.ndarray:
     old = array.shape[1:]
     if order == 1:
         factors = np.linalg.norm(to_source[:3, :3], axis=1)  # old voxels per new one, whatever the angle
-        smooth = [(a, _gaussian(n, f)) for a, (n, f) in enumerate(zip(old, factors, strict=True))]
+        smooth = [(a, _gaussian(n, f, np.arange(n))) for a, (n, f) in enumerate(zip(old, factors, strict=True))]
         channels = []
         for channel in array:
             values = _real(channel)
@@ -231,18 +231,25 @@ def _linear(x: np.ndarray, n: int) -> sparse.csr_array:
     return _matrix(weights, np.concatenate([rows, rows]), np.concatenate([low, high]), (len(x), n))
 
 
-def _gaussian(n: int, factor: float) -> sparse.csr_array:
-    """(n, n) weights that smooth n voxels before they become ``factor`` as large; the identity unless that is above 1."""
+def _smooth_linear(x: np.ndarray, n: int, factor: float) -> sparse.csr_array:
+    """(len(x), n) weights of smoothing for voxels ``factor`` as large and then interpolating at x."""
+    weights = _linear(x, n)
+    used = np.unique(weights.indices)
+    return weights[:, used] @ _gaussian(n, factor, used)
+
+
+def _gaussian(n: int, factor: float, rows: np.ndarray) -> sparse.csr_array:
+    """(len(rows), n) weights that smooth the voxels ``rows`` of n before they become ``factor`` as large, if that is above 1."""
+    count = len(rows)
     if n == 1 or factor <= 1 + _SAME_SPACING:
-        return _matrix(np.ones(n), np.arange(n), np.arange(n), (n, n))
+        return _matrix(np.ones(count), np.arange(count), rows, (count, n))
     sigma = math.sqrt((factor**2 - 1) / (8 * math.log(2)))
     reach = max(1, math.ceil(4 * sigma))
     offsets = np.arange(-reach, reach + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     kernel /= kernel.sum()
-    rows = np.repeat(np.arange(n), len(offsets))
-    columns = np.clip(rows + np.tile(offsets, n), 0, n - 1)
-    return _matrix(np.tile(kernel, n), rows, columns, (n, n))
+    columns = np.clip(rows[:, None] + offsets, 0, n - 1)
+    return _matrix(np.tile(kernel, count), np.repeat(np.arange(count), len(offsets)), columns.ravel(), (count, n))
 
 
 def _matrix(weights, rows, columns, shape) -> sparse.csr_array:

@@ -1,4 +1,4 @@
 from hypothesis import settings
 
-settings.register_profile("imaging", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("imaging", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("imaging")

@@ -145,6 +145,12 @@ def test_halving_averages_instead_of_skipping():
     assert set(np.unique(aliased)) <= {0, 100}
 
 
+def test_a_long_axis_shrinks_without_filling_the_memory():
+    volume = Volume(np.arange(200_000, dtype=np.float32).reshape(1, -1, 1, 1), np.eye(4))
+    new = resample.to_size(volume, (2, 1, 1)).array.ravel()
+    assert new[0] + new[1] == pytest.approx(199_999, rel=1e-4)
+
+
 def test_constant_stays_constant_at_the_edges():
     volume = Volume(np.full((1, 9, 10, 11), 250, np.int16), np.eye(4))
     for new in (resample.to_spacing(volume, (2.2, 0.7, 1.3)), resample.to_size(volume, (3, 30, 11))):
