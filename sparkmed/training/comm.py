@@ -86,11 +86,11 @@ class HorovodComm:
             with torch.no_grad():
                 self._hvd.grouped_allreduce_(floating, name="average", op=self._hvd.Average)
 
-    def broadcast(self, value: Any) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=0)
+    def broadcast(self, value: Any) -> Any:  # a name, because Horovod's default is the type, and ranks differ in it
+        return self._hvd.broadcast_object(value, root_rank=0, name="object")
 
     def gather(self, value: Any) -> list[Any]:
-        return self._hvd.allgather_object(value)
+        return self._hvd.allgather_object(value, name="objects")
 
     def barrier(self) -> None:
         self._hvd.barrier()
