@@ -68,6 +68,8 @@ class Model:
 
     def __init__(self, spec: ModelSpec, network: nn.Module, device: str | torch.device = "cpu"):
         self.spec = spec
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
 
