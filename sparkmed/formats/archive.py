@@ -48,7 +48,7 @@ class Member:
     file_mtime_ns: int
     bytes: int
     source: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
-    """Reads the member while its container is open; None reads by ``uri``."""
+    """Reads the member from its open container; None reads by ``uri``."""
 
     def read(self) -> bytes:
         """All bytes; raises :class:`Refused` when the container does not give them."""
@@ -77,8 +77,8 @@ def kind(path: str) -> str:
 def members(file: storage.File, limits: config.Catalog | None = None) -> Iterator[Member | Rejection]:
     """What is in ``file``, in stored order: members, and rejections of those that must not be read.
 
-    Read members while iterating: then a compressed tar is decompressed once. Reasons: ``BROKEN_ARCHIVE``, ``BOMB``,
-    ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``, ``SPECIAL_FILE``, ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``,
+    Read members while iterating: then a compressed tar is decompressed once; later each is looked up again.
+    Reasons: ``BROKEN_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``, ``SPECIAL_FILE``, ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``,
     ``UNSUPPORTED_COMPRESSION``, ``UNSUPPORTED_ARCHIVE``, ``UNREADABLE``.
     """
     limits = limits or config.Catalog()
@@ -230,8 +230,11 @@ def _zip_members(file: storage.File, limits: config.Catalog) -> Iterator[Member 
             if problem:
                 yield Rejection(uri, STAGE, *problem)
                 continue
-            yield Member(uri, f"{file.path}/{name}", file.uri, file.size, file.mtime_ns, info.file_size,
-                         lambda info=info: _read_zip_member(zf, info, limits))  # fmt: skip
+
+            def read(info=info, uri=uri) -> bytes:
+                return _read_zip_member(zf, info, limits) if zf.fp else open_uri(uri, limits)
+
+            yield Member(uri, f"{file.path}/{name}", file.uri, file.size, file.mtime_ns, info.file_size, read)
 
 
 def _read_zip(container: str, wanted: list[tuple[int, str]], limits: config.Catalog) -> Iterator[tuple[int, bytes]]:
@@ -385,8 +388,11 @@ def _tar_members(file: storage.File, limits: config.Catalog) -> Iterator[Member 
             if problem:
                 yield Rejection(uri, STAGE, *problem)
                 continue
-            yield Member(uri, f"{file.path}/{info.name}", file.uri, file.size, file.mtime_ns, info.size,
-                         lambda info=info: _read_tar_member(stream, info))  # fmt: skip
+
+            def read(info=info, uri=uri) -> bytes:
+                return open_uri(uri, limits) if stream.closed else _read_tar_member(stream, info)
+
+            yield Member(uri, f"{file.path}/{info.name}", file.uri, file.size, file.mtime_ns, info.size, read)
 
 
 def _read_tar(container: str, wanted: list[tuple[int, str]], limits: config.Catalog) -> Iterator[tuple[int, bytes]]:

@@ -72,7 +72,7 @@ _HEADER_KEYWORDS = (
     "InstanceNumber AcquisitionNumber TemporalPositionIdentifier TriggerTime FrameReferenceTime EchoTime EchoNumbers "
     "DiffusionBValue ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID PixelSpacing ImagerPixelSpacing "
     "NominalScannedPixelSpacing SpacingBetweenSlices SliceThickness "
-    "NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored PixelRepresentation "
+    "NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation "
     "RescaleSlope RescaleIntercept ModalityLUTSequence BurnedInAnnotation"
 ).split()
 _PIXEL_KEYWORDS = (
@@ -213,7 +213,8 @@ class _Header:
 
 _BINARY = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FD": "d", "FL": "f"}
 _BINARY_KEYWORDS = {
-    **dict.fromkeys(("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation"), "US"),
+    **dict.fromkeys(("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit"), "US"),
+    "PixelRepresentation": "US",
     "DiffusionBValue": "FD",
 }
 
@@ -283,6 +284,8 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         raise Refused("BAD_SHAPE", f"pixel data of {rows} rows, {columns} columns, {samples} samples, {frames} frames")
     if allocated not in (1, 8, 16, 32, 64) or not 1 <= stored <= allocated:
         raise Refused("BAD_TYPE", f"pixel data of {stored} bits stored in {allocated}")
+    if not DECODERS.get(syntax) and h.integer("HighBit", stored - 1) != stored - 1:
+        raise Refused("BAD_TYPE", f"the high bit is {h.integer('HighBit')}, wanted {stored - 1} for {stored} bits stored")
     photometric = h.text("PhotometricInterpretation")
     _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
     spacing = (
