@@ -78,8 +78,8 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
     """What is in ``file``, in stored order: members, and rejections of those that must not be read.
 
     Read members while iterating: then a compressed tar is decompressed once; later each is looked up again.
-    Reasons: ``BROKEN_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``, ``SPECIAL_FILE``, ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``,
-    ``UNSUPPORTED_COMPRESSION``, ``UNSUPPORTED_ARCHIVE``, ``UNREADABLE``.
+    Reasons: ``BROKEN_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``, ``SPECIAL_FILE``,
+    ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``, ``UNSUPPORTED_COMPRESSION``, ``UNSUPPORTED_ARCHIVE``, ``UNREADABLE``.
     """
     limits = limits or config.Catalog()
     sort = kind(file.path)

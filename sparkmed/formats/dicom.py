@@ -437,10 +437,23 @@ def _decode(ds, syntax: str, plugin: str, header: dict) -> np.ndarray:
     arguments = {"decoding_plugin": plugin} if plugin else {}
     array, _ = get_decoder(uid).as_array(ds, allow_excess_frames=False, **arguments)
     if header.get("photometric") == "PALETTE COLOR":
-        array = apply_color_lut(array, ds)
-        if array.shape[-1] == 4:
-            array = array[..., :3]
+        return _painted(array, ds)
     return array
+
+
+def _painted(array: np.ndarray, ds) -> np.ndarray:
+    """(rows, columns, 3) colours of palette indices: PS3.3 C.7.6.3.1.5."""
+    if "SegmentedRedPaletteColorLookupTableData" in ds:
+        return apply_color_lut(array, ds)[..., :3]
+    planes = []
+    for colour in ("Red", "Green", "Blue"):
+        entries, first, _ = ds[f"{colour}PaletteColorLookupTableDescriptor"].value
+        entries = entries or 65536
+        table = ds[f"{colour}PaletteColorLookupTableData"].value
+        wide = len(table) >= 2 * entries
+        table = np.frombuffer(table, ("<u2" if ds.original_encoding[1] else ">u2") if wide else "u1", entries)
+        planes.append(table[np.clip(array.astype(np.int64) - first, 0, entries - 1)])
+    return np.stack(planes, -1)
 
 
 def _check_codestream(ds, syntax: str):

@@ -54,7 +54,7 @@ def assemble(instances: Iterable[Instance]) -> tuple[list[VolumeHeader], list[Re
         if instance.kind != "image":
             rejections.append(_not_an_image(instance))
         elif instance.format == "dicom":
-            series[_series_key(instance)].append(instance)
+            series[series_key(instance)].append(instance)
         else:
             volumes.append(volume_header([instance], instance.shape, instance.affine, instance.facts))
     for _, group in sorted(series.items()):
@@ -64,7 +64,7 @@ def assemble(instances: Iterable[Instance]) -> tuple[list[VolumeHeader], list[Re
     return sorted(volumes, key=lambda v: (v.series_uid, v.sources)), sorted(rejections, key=lambda r: r.uri)
 
 
-def _series_key(instance: Instance) -> tuple[str, ...]:
+def series_key(instance: Instance) -> tuple[str, ...]:
     """What images of one series have in common; without a SeriesInstanceUID (anonymised away) it is their folder."""
     folder = "" if instance.series_uid else posixpath.dirname(instance.path)
     return instance.facts.get("study", ""), instance.series_uid, folder

@@ -95,7 +95,7 @@ def test_native_syntaxes(tmp_path, syntax):
         ds.PixelData = PIXELS.astype(">u2").tobytes()
         ds["PixelData"].VR = "OW"
     implicit, little = syntax == "1.2.840.10008.1.2", not syntax.endswith(".2.2")
-    ds.save_as(out, implicit_vr=implicit, little_endian=little)
+    pydicom.dcmwrite(out, ds, implicit_vr=implicit, little_endian=little, enforce_file_format=True)
     i = instance(out.getvalue())
     assert i.transfer_syntax == syntax
     (tmp_path / "x.dcm").write_bytes(out.getvalue())

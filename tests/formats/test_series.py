@@ -304,9 +304,9 @@ def test_uid_is_the_content(tmp_path):
 
 
 def test_pictures_of_one_series_are_volumes_of_their_own(tmp_path):
-    nowhere = dict.fromkeys(("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")) | {"ImagerPixelSpacing": [0.2, 0.1]}
+    nowhere = dict.fromkeys(("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"))
     pictures = [dicoms.stack((5, 6, 1), seed=s)[:, :, 0] for s in (0, 1)]
-    made = [dicoms.dataset(p, SOPClassUID=dicoms.CR, Modality="CR", **nowhere) for p in pictures]
+    made = [dicoms.dataset(p, SOPClassUID=dicoms.CR, Modality="CR", ImagerPixelSpacing=[0.2, 0.1], **nowhere) for p in pictures]
     volumes, rejections = read_archive(str(dicoms.write(tmp_path, made)))
     assert rejections == [] and [v.array.shape for v in volumes] == [(1, 6, 5, 1)] * 2
     assert volumes[0].spacing == (0.1, 0.2, 1.0)
