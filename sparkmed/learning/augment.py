@@ -43,7 +43,7 @@ def _between(draw: Tensor, largest: float) -> Tensor:
 
 
 def _grid(shape: Sequence[int], draws: Tensor, keys: Sequence[int], spec: Augment, device) -> Tensor:
-    """Where each voxel is read, (B, I, J, K, 3), in the coordinates of ``grid_sample``: K, J, I from -1 to 1 between outer edges."""
+    """Where each voxel is read, (B, I, J, K, 3), as ``grid_sample`` wants it: K, J, I from -1 to 1 between outer edges."""
     size = torch.tensor(shape, dtype=torch.float32, device=device)
     plane = shape[2] == 1
     axes = [torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in shape]

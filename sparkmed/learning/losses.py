@@ -26,9 +26,9 @@ def build(component: Component | None, task: str) -> Loss:
     """
     component = component or DEFAULTS[task]
     if component.arguments.get("batch"):
-        raise InputError(f"loss {component.name}: batch: true mixes samples, and its value would depend on the number of processes")
+        raise InputError(f"loss {component.name}: batch: true mixes samples, so the result would depend on the number of processes")
     if component.arguments.get("reduction", "mean") != "mean":
-        raise InputError(f"loss {component.name}: reduction {component.arguments['reduction']!r}; the loop averages over samples itself")
+        raise InputError(f"loss {component.name}: reduction is mean; got {component.arguments['reduction']!r}")
     factory = components.find(component, [monai.losses, nn], "loss")
     component = Component(name=component.name, **_tensors(component.arguments))
     function = components.create(factory, component, "loss", {"to_onehot_y": True, "softmax": True, "use_softmax": True})
@@ -36,7 +36,11 @@ def build(component: Component | None, task: str) -> Loss:
 
 
 def _tensors(arguments: dict) -> dict:
-    return {k: torch.tensor(v, dtype=torch.float32) if k in ("weight", "alpha") and isinstance(v, list) else v for k, v in arguments.items()}
+    """Class weights are written as lists in YAML and wanted as tensors."""
+    return {
+        k: torch.tensor(v, dtype=torch.float32) if k in ("weight", "alpha") and isinstance(v, (list, tuple)) else v
+        for k, v in arguments.items()
+    }
 
 
 class _PerSample:

@@ -1,7 +1,7 @@
 """Metrics of MONAI by name as mergeable values, and intervals over subjects.
 
-A metric is an object with ``update(output, truth, volumes, weight)``, ``state()``, ``merge(state)`` and ``compute()``; states are plain
-values that travel between processes, and merging the states of any division of the data gives the same number.
+A metric has ``update(output, truth, volumes, weight)``, ``state()``, ``merge(state)`` and ``compute()``; states are plain values
+that travel between processes, and merging the states of any division of the data gives the same number.
 """
 
 import math
@@ -41,7 +41,7 @@ def build(component: Component | None, task: str, classes: int) -> Metric:
         component = Component(name="ROCAUCMetric")
     factory = components.find(component, [monai.metrics], "metric")
     if not (isinstance(factory, type) and issubclass(factory, monai.metrics.Cumulative)):
-        raise InputError(f"metric {component.name} cannot be gathered from several processes; wanted a subclass of monai.metrics.Cumulative")
+        raise InputError(f"metric {component.name} cannot be merged over processes; wanted a subclass of monai.metrics.Cumulative")
     metric = components.create(factory, component, "metric", {"include_background": task == "classification"})
     return MonaiMetric(component.name, metric, task, classes)
 
@@ -77,7 +77,7 @@ class VolumeDice:
             self._add(volume, counts)
 
     def compute(self) -> float:
-        return float(np.nanmean(values)) if (values := self.per_class()) and not np.isnan(values).all() else math.nan
+        return _mean(self.per_class())
 
     def per_class(self) -> list[float]:
         """Mean Dice over volumes of each foreground class; nan for a class that occurs nowhere."""
@@ -85,7 +85,7 @@ class VolumeDice:
             return []
         both, predicted, true = np.stack(list(self._counts.values())).astype(np.float64)[:, :, 1:].transpose(1, 0, 2)
         dice = np.divide(2 * both, predicted + true, out=np.full_like(both, np.nan), where=predicted + true > 0)
-        return [float(np.nanmean(d)) if not np.isnan(d).all() else math.nan for d in dice.T]
+        return [_mean(d) for d in dice.T]
 
 
 class MonaiMetric:
@@ -133,6 +133,12 @@ class MonaiMetric:
         return float(value[~value.isnan()].mean())
 
 
+def _mean(values: Sequence[float]) -> float:
+    """Mean of what is not nan; nan when nothing is left."""
+    values = np.asarray(values, np.float64)
+    return float(np.nanmean(values)) if (~np.isnan(values)).any() else math.nan
+
+
 def _one_hot(truth: Tensor, classes: int) -> Tensor:
     """(B, ...) int64 to (B, classes, ...) float."""
     return F.one_hot(truth, classes).movedim(-1, 1).float()
@@ -154,7 +160,7 @@ def bootstrap_interval(
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of a - b over subjects and its percentile bootstrap interval; ``a`` and ``b`` are of the same subjects in the same order.
+    """Mean of a - b over subjects and its percentile bootstrap interval; both are of the same subjects in the same order.
 
     Raises ValueError when the lengths differ or no pair is finite.
     """

@@ -84,7 +84,7 @@ class Model:
         return cls(spec, network, device)
 
     def save(self, folder: str) -> None:
-        """Write ``weights.safetensors`` and ``spec.json`` to a folder or URL; no pickle. The spec comes last and names the weights."""
+        """Write ``weights.safetensors`` and ``spec.json`` to a folder or URL; no pickle. The spec comes last."""
         data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()})
         self.spec = self.spec.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
         storage.write_bytes(storage.join(folder, WEIGHTS), data)

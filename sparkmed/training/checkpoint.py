@@ -45,7 +45,7 @@ def present(folder: str) -> list[Checkpoint]:
 
 
 def load(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU; only tensors and plain values are unpickled. ValueError when its bytes are not whole."""
+    """The state in a checkpoint, on the CPU; ValueError when its bytes are not whole. Unpickles plain values only."""
     data = storage.read_bytes(checkpoint.url)
     found = hashlib.sha256(data).hexdigest()[:16]
     if found != checkpoint.sha256:

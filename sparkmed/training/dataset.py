@@ -22,7 +22,7 @@ class DatasetError(InputError):
 
 @dataclass(frozen=True)
 class Field:
-    """A column. ``codec`` ``ndarray``: each value is what ``numpy.save`` wrote, of ``dtype`` and ``shape``; ``scalar``: a number or str."""
+    """A column. ``codec`` ndarray: each value is what ``numpy.save`` writes of such an array; scalar: a number or a str."""
 
     name: str
     dtype: str
@@ -51,7 +51,9 @@ class PatchDataset:
         self.url = storage.absolute(url)
         self.split = split
         self.meta = _read_meta(self.url)
-        self.fields = tuple(Field(f["name"], f["dtype"], tuple(f.get("shape", ())), f.get("codec", "scalar")) for f in self.meta["fields"])
+        self.fields = tuple(
+            Field(f["name"], f["dtype"], tuple(f.get("shape", ())), f.get("codec", "scalar")) for f in self.meta["fields"]
+        )
         self._sizes: dict[str, int] = {}
         files = self._files()
         with ThreadPoolExecutor(8) as pool:
@@ -88,8 +90,8 @@ class PatchDataset:
             for path in sorted(set(files) - wanted):
                 raise DatasetError(f"dataset {self.url}: {path} is not in {SCHEMA}: it was added after the dataset was finished")
         if not files:
-            there = ", ".join(self.meta.get("counts", {})) or "none"
-            raise DatasetError(f"dataset {self.url}: no Parquet file" + (f" of split {self.split}; splits: {there}" if self.split else ""))
+            of_split = f" of split {self.split}; splits: {', '.join(self.meta.get('counts', {})) or 'none'}" if self.split else ""
+            raise DatasetError(f"dataset {self.url}: no Parquet file{of_split}")
         return files
 
     def _check_counts(self):
@@ -110,17 +112,17 @@ class PatchDataset:
         """(rows, bytes before compression) of each row group."""
         try:
             with self._open(path) as file:
-                meta = file.metadata
-                return [(meta.row_group(i).num_rows, meta.row_group(i).total_byte_size) for i in range(meta.num_row_groups)]
+                return _groups(file)
         except (OSError, pa.ArrowException) as e:
-            raise DatasetError(f"dataset {self.url}: {path} ({self._sizes[path]} bytes) is not a readable Parquet file: {_line(e)}") from None
+            size = self._sizes[path]
+            raise DatasetError(f"dataset {self.url}: {path} ({size} bytes) is not a readable Parquet file: {_line(e)}") from None
 
     def read(self, block: Block) -> dict[str, "Payloads | np.ndarray | list[str]"]:
         """The columns of a row group. Raises :class:`DatasetError` when the file is gone, damaged, or not the one indexed."""
-        columns = [f.name for f in self.fields]
+        columns, where = [f.name for f in self.fields], f"dataset {self.url}: {block.path}, row group {block.row_group}"
         try:
             with self._open(block.path) as file:
-                groups = [(file.metadata.row_group(i).num_rows, file.metadata.row_group(i).total_byte_size) for i in range(file.num_row_groups)]
+                groups = _groups(file)
                 if groups != self._groups[block.path]:
                     raise DatasetError(
                         f"dataset {self.url}: {block.path} changed while it was being read: it had row groups of "
@@ -131,18 +133,24 @@ class PatchDataset:
                     raise DatasetError(f"dataset {self.url}: {block.path} has no column {', '.join(missing)}")
                 table = file.read_row_group(block.row_group, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as e:
-            raise DatasetError(f"dataset {self.url}: {block.path}, row group {block.row_group}: {_line(e)}") from None
+            raise DatasetError(f"{where}: {_line(e)}") from None
         if table.num_rows != block.rows:
-            raise DatasetError(f"dataset {self.url}: {block.path}, row group {block.row_group}: {table.num_rows} rows, wanted {block.rows}")
+            raise DatasetError(f"{where}: {table.num_rows} rows, wanted {block.rows}")
         try:
             return {f.name: _decode(table[f.name], f) for f in self.fields}
         except (ValueError, SyntaxError, pa.ArrowException) as e:
-            raise DatasetError(f"dataset {self.url}: {block.path}, row group {block.row_group}: {_line(e)}") from None
+            raise DatasetError(f"{where}: {_line(e)}") from None
+
+
+def _groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
+    """(rows, bytes before compression) of each row group."""
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    return [(g.num_rows, g.total_byte_size) for g in groups]
 
 
 @dataclass(frozen=True)
 class Payloads:
-    """The arrays of a column: row r of ``matrix`` (rows, bytes) uint8 holds the C-order bytes of array r; a view of what was read."""
+    """The arrays of a column: row r of ``matrix`` (rows, bytes) uint8 is array r in C order; a view of what was read."""
 
     matrix: np.ndarray
 
@@ -152,13 +160,14 @@ def _read_meta(url: str) -> dict:
         meta = storage.read_json(storage.join(url, SCHEMA))
     except FileNotFoundError:
         raise DatasetError(
-            f"dataset {url}: no {SCHEMA}, so it is unfinished or was not written by sparkmed; to vouch for it, write one that lists "
-            "its fields (name, dtype, shape, codec) and the patches per split"
+            f"dataset {url}: no {SCHEMA}, so it is unfinished or was not written by sparkmed; to vouch for it, write one that "
+            "lists its fields (name, dtype, shape, codec) and the patches per split"
         ) from None
     except ValueError as e:
         raise DatasetError(f"dataset {url}: {SCHEMA} is not JSON: {_line(e)}") from None
-    if not isinstance(meta, dict) or meta.get("format_version") != 1:
-        raise DatasetError(f"dataset {url}: {SCHEMA} has format_version {meta.get('format_version') if isinstance(meta, dict) else meta!r}, wanted 1")
+    found = meta.get("format_version") if isinstance(meta, dict) else None
+    if found != 1:
+        raise DatasetError(f"dataset {url}: {SCHEMA} has format_version {found!r}, wanted 1")
     if not {"patch_id", "image"} <= {f["name"] for f in meta.get("fields", ())}:
         raise DatasetError(f"dataset {url}: {SCHEMA} lists no field patch_id or image")
     return meta

@@ -19,7 +19,7 @@ def run(config: Config, dataset_url: str, folder_url: str, slots: int | None = N
     """
     ranks = config.train.processes
     if slots is not None and ranks > slots:
-        raise InputError(f"train.processes is {ranks}, but only {slots} Spark tasks can run at a time: start more slots or fewer ranks")
+        raise InputError(f"train.processes is {ranks}, but only {slots} Spark tasks can run at a time")
     for split in ("train", "val"):
         loop.check(config, PatchDataset(dataset_url, split))
     if ranks == 1:

@@ -120,7 +120,8 @@ class PatchLoader:
         global_batch = self.batch_size * self.world_size
         ready: queue.Queue = queue.Queue(PREFETCHED)
         stop = threading.Event()
-        reader = threading.Thread(target=_produce, args=(self._batches(order, start), ready, stop), daemon=True, name="patch-reader")
+        batches = self._batches(order, start)
+        reader = threading.Thread(target=_produce, args=(batches, ready, stop), daemon=True, name="patch-reader")
         reader.start()
         try:
             while True:

@@ -107,7 +107,8 @@ def validate(config: Config, network: nn.Module, loss_of: losses.Loss, held_out:
             batch = _real(batch, device)
             if not batch["patch_id"]:
                 continue
-            output, truth = networks.primary(network(batch["image"])), batch["target" if config.task == "classification" else "label"]
+            truth = batch["target" if config.task == "classification" else "label"]
+            output = networks.primary(network(batch["image"]))
             loss_sum += loss_of(output, truth).sum().item()
             samples += len(truth)
             metric.update(output, truth, batch["volume"], batch["weight"])
@@ -173,7 +174,7 @@ def _check_finite(values: Tensor, patch_ids: list[str], epoch: int, step: int) -
     finite = torch.isfinite(values.detach())
     if not finite.all():
         wrong = ", ".join(f"{p} ({v:g})" for p, v, ok in zip(patch_ids, values.tolist(), finite.tolist(), strict=True) if not ok)
-        raise TrainingError(f"loss is not finite in epoch {epoch}, step {step}, for patches {wrong}; a lower train.optimizer.lr may help")
+        raise TrainingError(f"loss is not finite in epoch {epoch}, step {step}, patches {wrong}; try a lower train.optimizer.lr")
 
 
 def _train_loss(parts: list[tuple[float, int]]) -> dict:

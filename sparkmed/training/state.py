@@ -49,9 +49,8 @@ class State:
 
     def saved(self) -> dict[str, Any]:
         averaged = None if self.averaged is self.network else self.averaged.state_dict()
-        return {
-            "network": self.network.state_dict(), "averaged": averaged, "optimizer": self.optimizer.state_dict(), "history": self.history,
-        }  # fmt: skip
+        weights = {"network": self.network.state_dict(), "averaged": averaged}
+        return weights | {"optimizer": self.optimizer.state_dict(), "history": self.history}
 
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Become what :meth:`saved` gave; None changes nothing."""

@@ -26,7 +26,7 @@ def write(
     files: bool = True,
     compression: str = "zstd",
 ) -> str:
-    """A dataset of ``{split: [rows of file 0, rows of file 1, ...]}``; a row has image, label or target, patch_id, subject, volume."""
+    """A dataset of ``{split: [rows of file 0, rows of file 1, ...]}``; rows as :func:`balls` makes them."""
     rows = [r for parts in splits.values() for part in parts for r in part]
     image = np.asarray(rows[0]["image"])
     fields = [{"name": "image", "dtype": str(image.dtype), "shape": list(image.shape), "codec": "ndarray"}]
@@ -48,8 +48,9 @@ def write(
             pq.write_table(table, path, row_group_size=row_group, compression=compression)
             listed[str(path.relative_to(folder))] = len(part)
     meta = {
-        "format_version": 1, "name": "test", "version": "1", "digest": "d" * 64, "task": task, "classes": list(classes), "seed": 0, "fields": fields,
+        "format_version": 1, "name": "test", "version": "1", "digest": "d" * 64, "task": task, "classes": list(classes), "seed": 0,
         "counts": dict(counts) if counts is not None else {s: sum(len(p) for p in parts) for s, parts in splits.items()},
+        "fields": fields,
     }  # fmt: skip
     if files:
         meta["files"] = listed
@@ -82,5 +83,6 @@ def balls(n: int, size: tuple[int, int, int] = (16, 16, 16), seed: int = 0, pref
         inside = ((grid - centre[:, None, None, None]) ** 2).sum(0) <= radius**2
         image = (inside * 2.0 + rng.normal(0, 0.5, size)).astype(np.float32)[None]
         name = f"{prefix}{i:04d}"
-        rows.append({"image": image, "label": inside.astype(np.uint8), "target": target, "patch_id": name, "subject": name, "volume": name})
+        names = dict.fromkeys(("patch_id", "subject", "volume"), name)
+        rows.append({"image": image, "label": inside.astype(np.uint8), "target": target, **names})
     return rows
