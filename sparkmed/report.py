@@ -121,9 +121,7 @@ def _data(config: Config, rows: list[dict]) -> dict[str, Any]:
     out: dict[str, Any] = {"missing": None if len(instances) else "The catalog is empty: run the catalog stage."}
     if len(instances):
         groups = instances.groupby(["format", "modality"], dropna=False)
-        out["formats"] = [
-            {"format": f, "modality": m or "-", "instances": len(g), "bytes": int(g["bytes"].sum())} for (f, m), g in groups
-        ]
+        out["formats"] = [{"format": f, "modality": m, "instances": len(g), "bytes": int(g["bytes"].sum())} for (f, m), g in groups]
         out["instances"] = len(instances)
         out["files"] = int(instances["container"].nunique())
         out["bytes"] = int(instances["bytes"].sum())
@@ -138,7 +136,8 @@ def _data(config: Config, rows: list[dict]) -> dict[str, Any]:
         members = [r for r in rows if r["split"] == split]
         if members:
             counted = patches["counts"].get(split, 0) if patches and split else None
-            splits.append({"split": split or "no label", "subjects": len({r["subject"] for r in members}), "volumes": len(members), "patches": counted})  # fmt: skip
+            subjects = len({r["subject"] for r in members})
+            splits.append({"split": split or "no label", "subjects": subjects, "volumes": len(members), "patches": counted})
     out["splits"] = splits
     out["volumes"], out["subjects"] = len(rows), len({r["subject"] for r in rows})
     if rows:
@@ -161,7 +160,7 @@ def _curves(config: Config, registry: tracking.Registry, facts: dict) -> dict[st
     default = "mean Dice" if config.task == "segmentation" else "area under ROC"
     name = config.train.metric.name if config.train.metric else default
     metric = {name: curves["val_metric"]} if "val_metric" in curves else {}
-    panels = [(t, c) for t, c in (("loss", loss), ("validation metric", metric), ("learning rate", rate)) if c]
+    panels = [(t, c) for t, c in (("loss", loss), (f"validation {name}", metric), ("learning rate", rate)) if c]
     if not panels:
         return {"missing": "The run has no curves."}
     first = next(iter(metric.values()), None)
@@ -289,10 +288,17 @@ def _scored(config: Config) -> dict[str, Any]:
     versions = []
     for version in sorted({r["model_version"] for r in rows}, key=int):
         by = [r for r in rows if r["model_version"] == version]
-        versions.append({
-            "version": version, "volumes": len(by), "first": _moment(min(r["scored_at"] for r in by)), "last": _moment(max(r["scored_at"] for r in by)),
-            "seconds": float(np.median([r["seconds"] for r in by])), "device": ", ".join(sorted({r["device"] for r in by})),
-        })  # fmt: skip
+        times = [r["scored_at"] for r in by]
+        versions.append(
+            {
+                "version": version,
+                "volumes": len(by),
+                "first": _moment(min(times)),
+                "last": _moment(max(times)),
+                "seconds": float(np.median([r["seconds"] for r in by])),
+                "device": ", ".join(sorted({r["device"] for r in by})),
+            }
+        )
     last = max(rows, key=lambda r: r["scored_at"])["model_version"]
     present = [r for r in rows if r["model_version"] == last]
     out = {"versions": versions, "version": last, "volumes": len(present), "subjects": len({r["subject"] for r in present})}
@@ -317,8 +323,8 @@ def _scored(config: Config) -> dict[str, Any]:
 
 def _amounts(name: str, values: list[float]) -> dict[str, Any]:
     q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75])
-    absent = sum(v == 0 for v in values)
-    return {"name": name, "median": float(median), "q1": float(q1), "q3": float(q3), "least": min(values), "most": max(values), "absent": absent}  # fmt: skip
+    spread = {"median": float(median), "q1": float(q1), "q3": float(q3), "least": min(values), "most": max(values)}
+    return {"name": name, **spread, "absent": sum(v == 0 for v in values)}
 
 
 def _decisions(config: Config) -> list[dict[str, Any]]:
@@ -341,11 +347,7 @@ def refusals(config: Config) -> dict[str, Any]:
     """What was refused: per stage and reason how many files, what the code means, and one message."""
     files = _current(config)
     latest = dict(zip(files["container"], files["run"], strict=True)) if len(files) else {}
-    rows = [
-        r
-        for r in tables.quarantine(config.lake).rows()
-        if r["stage"] != "catalog" or latest.get(r["container"], r["run"]) == r["run"]
-    ]
+    rows = [r for r in tables.quarantine(config.lake).rows() if r["stage"] != "catalog" or latest.get(r["container"]) == r["run"]]
     groups = defaultdict(list)
     for r in rows:
         groups[r["stage"], r["reason"]].append(r)
@@ -356,7 +358,7 @@ def refusals(config: Config) -> dict[str, Any]:
             "reason": reason,
             "files": len({r["uri"] for r in group}),
             "meaning": reasons.sentence(reason),
-            "example": _without_names(min(r["message"] for r in group), group),
+            "example": _example(reason, group),
         }
         for (stage, reason), group in groups.items()
     ]
@@ -373,7 +375,8 @@ def _tiles(page: dict[str, Any]) -> list[dict[str, str]]:
         note = f"{results['confidence']} interval {low:.3f} to {high:.3f} over {results['subjects']} subjects"
         tiles.append({"value": f"{mean:.3f}", "label": "mean test Dice" if segmentation else "test accuracy", "note": note})
         for c in results.get("classes", [])[:3] if segmentation else []:
-            tiles.append({"value": f"{c['interval'][0]:.3f}", "label": f"Dice, {c['name']}", "note": f"{c['interval'][1]:.3f} to {c['interval'][2]:.3f}"})  # fmt: skip
+            mean, low, high = c["interval"]
+            tiles.append({"value": f"{mean:.3f}", "label": f"Dice, {c['name']}", "note": f"{low:.3f} to {high:.3f}"})
         for name, area in results.get("areas", {}).items():
             tiles.append({"value": f"{area:.3f}", "label": f"area under ROC, {name}", "note": f"{results['volumes']} images"})
     splits = ", ".join(f"{s['subjects']} {s['split']}" for s in data["splits"])
@@ -391,7 +394,7 @@ def _tiles(page: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _current(config: Config) -> pd.DataFrame:
-    """Of each file that is there now, the catalog rows and refusals of the run that read it last; ``kind`` is null for a refusal."""
+    """Of each file that is there now, the catalog rows and refusals of the run that read it last; a refusal has no ``kind``."""
     read = tables.catalog(config.lake).read(["container", "run", "format", "kind", "modality", "bytes"]).to_pandas()
     kept_out = tables.quarantine(config.lake).read(["container", "run", "stage"]).to_pandas()
     kept_out = kept_out[kept_out["stage"] == "catalog"].drop(columns="stage")
@@ -482,16 +485,26 @@ def _roc(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.append(0.0, false / max(false[-1], 1)), np.append(0.0, true / max(true[-1], 1))
 
 
-_URL = re.compile(r"[A-Za-z0-9+.-]+://\S*|(?<![\w.])/[^\s,;:]+|\b\d+(?:\.\d+){3,}\b")
+def _example(reason: str, rows: list[dict]) -> str:
+    """One of the messages, unless it says no more than the meaning of the code."""
+    message = _without_names(min(r["message"] for r in rows), rows)
+    return "" if message.strip(". ").lower() == reasons.sentence(reason).strip(". ").lower() else message
+
+
+_NAMELIKE = re.compile(r"[A-Za-z0-9+.-]+://\S*|(?<![\w.])/[^\s,;:]+|\b\d+(?:\.\d+){3,}\b")
 
 
 def _without_names(message: str, rows: list[dict]) -> str:
-    """A message without what could be a URL, a path, a UID or the name of one of the files it was said about."""
+    """A message without what could be a URL, a path, a UID, or part of the name of a file that it was said about.
+
+    Messages hold none of these by contract; the page relies on nobody.
+    """
     for r in rows:
-        for name in (r["uri"], r["path"], *(r["path"] or "").split("/"), *(r["uri"] or "").replace("::", "/").split("/")):
-            if name and len(name) > 3:
+        uri, path = r["uri"] or "", r["path"] or ""
+        for name in (uri, path, *path.split("/"), uri.rsplit("/", 1)[-1], uri.partition("::")[0].rsplit("/", 1)[-1]):
+            if len(name) > 3 and not (name.isalpha() and name.islower()):  # a lower-case word is rather a word of the message
                 message = message.replace(name, "[file]")
-    return _URL.sub("[...]", message)
+    return _NAMELIKE.sub("[...]", message)
 
 
 def _component(component) -> str:
@@ -502,10 +515,12 @@ def _component(component) -> str:
 def _ranges(values: list[list[float]], form: str) -> str:
     """The median along each axis, and the range where there is one."""
     columns = np.asarray(values, float).T
-    middle = " \u00d7 ".join(form.format(np.median(c)) for c in columns)
+    times = " \u00d7 ".join
+    middle = times(form.format(np.median(c)) for c in columns)
     if all(np.ptp(c) < 1e-6 for c in columns):
         return middle
-    return f"{middle} (from " + " \u00d7 ".join(form.format(c.min()) for c in columns) + " to " + " \u00d7 ".join(form.format(c.max()) for c in columns) + ")"  # fmt: skip
+    low, high = times(form.format(c.min()) for c in columns), times(form.format(c.max()) for c in columns)
+    return f"{middle} (from {low} to {high})"
 
 
 def _moment(time: datetime.datetime) -> str:
