@@ -199,9 +199,8 @@ def test_init_script_installs_what_sparkmed_needs_and_no_other_spark(tmp_path):
     (tmp_path / "wheels" / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl").touch()
     shutil.copy(ROOT / "requirements.lock", tmp_path)
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\necho "$@" >>"{tmp_path}/asked"\nfor a; do case $a in */requirements.txt) cp "$a" "{tmp_path}/list";; esac; done\n'
-    )
+    keep = f'for a; do case $a in */requirements.txt) cp "$a" "{tmp_path}/list" ;; esac; done'
+    python.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/asked"\n{keep}\n')
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "SPARKMED_SETUP": str(tmp_path)}
     subprocess.run([CONF / "databricks" / "install.sh"], env=environment, check=True)
