@@ -20,6 +20,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Mm = Annotated[float, Field(gt=0)]
 Split = Literal["train", "val", "test"]
+_AXIS = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 
 class Section(BaseModel):
@@ -119,9 +120,13 @@ class Intensity(Section):
     """True takes statistics over the voxels that are not 0."""
 
     @model_validator(mode="after")
-    def _window_has_ends(self):
+    def _ends_are_in_order(self):
         if self.kind == "window" and (self.low is None or self.high is None or self.low >= self.high):
             raise ValueError(f"kind window wants low < high, got {self.low} and {self.high}")
+        if self.kind == "percentile":
+            low, high = 0.5 if self.low is None else self.low, 99.5 if self.high is None else self.high
+            if not 0 <= low < high <= 100:
+                raise ValueError(f"kind percentile wants 0 <= low < high <= 100, got {low:g} and {high:g}")
         return self
 
 
@@ -137,6 +142,14 @@ class Preprocess(Section):
     channels: Literal["keep", "gray"] = "keep"
     """``gray`` makes one luminance channel of colours."""
     intensity: Intensity = Intensity()
+
+    @model_validator(mode="after")
+    def _one_grid(self):
+        if self.orientation and len({_AXIS[c] for c in self.orientation}) < 3:
+            raise ValueError(f"orientation {self.orientation} names an axis twice; wanted one of R/L, A/P and S/I each")
+        if self.spacing and self.size:
+            raise ValueError("spacing and size both say the grid, wanted one")
+        return self
 
 
 class Patches(Section):

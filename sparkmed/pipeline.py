@@ -46,12 +46,10 @@ def catalog(config: Config) -> dict:
         raise InputError(f"archive {config.archive} holds no file")
     if origin.endswith("subject.key"):
         log.info("subjects are pseudonyms under the key %s: keep it, and keep it secret", origin)
-    refused, total = (
-        spark_catalog.refused(spark, config.lake).where("stage = 'catalog'").count(),
-        spark_catalog.current(spark, config.lake).count(),
+    _require_few(
+        counts["refused"], counts["refused"] + counts["instances"], config.catalog.max_refused, "catalog.max_refused", "files"
     )
-    _require_few(refused, refused + total, config.catalog.max_refused, "catalog.max_refused", "files")
-    return counts | {"refused": refused, "instances": total}
+    return counts
 
 
 def volumes(config: Config) -> dict:
@@ -92,15 +90,9 @@ def train(config: Config) -> dict:
     done = registry.trained(training)
     if done:
         return {"version": done, "already": "trained"}
-    slots = None
-    if config.train.processes > 1:
-        spark = _spark(config)
-        slots = spark_session.slots(spark, config.train.processes)
-        if slots < config.train.processes:
-            raise InputError(
-                f"train.processes is {config.train.processes} but Spark has {slots} task slots: lower it, or give Spark more cores"
-            )
-        spark_session.require_shared(spark, config.lake, config.train.processes)
+    slots = _slots(config)
+    if slots is not None:
+        spark_session.require_shared(_spark(config), config.lake, config.train.processes)
     folder = storage.join(config.lake, "training", config.name, training)
     storage.makedirs(folder)
     source = {"name": config.name, "version": facts["version"], "digest": facts["digest"], "url": url, "counts": facts["counts"]}
@@ -255,7 +247,19 @@ def check(config: Config) -> list[str]:
     attempt(lambda: _key(config))
     attempt(lambda: tracking.of(config).check())
     attempt(lambda: _network_builds(config))
+    attempt(lambda: _slots(config))
     return problems
+
+
+def _slots(config: Config) -> int | None:
+    """Task slots of Spark, at least one per rank; None when one process trains without Spark."""
+    ranks = config.train.processes
+    if ranks == 1:
+        return None
+    slots = spark_session.slots(_spark(config), ranks)
+    if slots < ranks:
+        raise InputError(f"train.processes is {ranks} but Spark has {slots} task slots: lower it, or give Spark more cores")
+    return slots
 
 
 def _archive_is_there(config: Config):

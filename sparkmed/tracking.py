@@ -12,11 +12,13 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.data.dataset_source_registry import resolve_dataset_source  # noqa: E402
 from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
+from mlflow.data.sources import LocalArtifactDatasetSource  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 from sparkmed import storage  # noqa: E402
@@ -79,8 +81,10 @@ class Registry:
             flat = _flat(parameters)
             for start in range(0, len(flat), 100):  # the store takes 100 at once
                 mlflow.log_params(dict(list(flat.items())[start : start + 100]))
+            local = storage.local_path(dataset["url"]) is not None
+            where = LocalArtifactDatasetSource(dataset["url"]) if local else resolve_dataset_source(dataset["url"])
             source = MetaDataset(
-                resolve_dataset_source(dataset["url"]), f"{dataset['name']}-{dataset['version']}", dataset["digest"]
+                where, f"{dataset['name']}-{dataset['version']}", dataset["digest"]
             )
             mlflow.log_input(source, context="training")
             mlflow.log_dict(dict(dataset), "dataset.json")

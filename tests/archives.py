@@ -37,8 +37,10 @@ def ct_config(folder: pathlib.Path, lake: pathlib.Path, **changes) -> dict:
         "train": {
             "processes": 1,
             "threads": 2,
-            "epochs": 3,
+            "epochs": 8,
             "batch_size": 2,
+            "optimizer": {"name": "AdamW", "lr": 0.01},
+            "warmup_epochs": 1,
             "network": {"name": "UNet", "channels": [8, 16], "strides": [2], "norm": "instance"},
         },
     } | changes

@@ -119,11 +119,11 @@ def test_mlflow_holds_the_whole_training(project):
     registry = tracking.of(settings)
     facts = registry.version_facts(done["train"]["version"])
     run = registry.client.get_run(facts["run_id"])
-    assert run.data.params["train.epochs"] == "3"
+    assert run.data.params["train.epochs"] == "8"
     assert run.inputs.dataset_inputs[0].dataset.digest == dataset.describe(done["patches"]["dataset"])["digest"]
     low, mean, high = (run.data.metrics[f"test_dice{s}"] for s in ("_low", "", "_high"))
     assert low <= mean <= high
-    assert len(registry.curves(facts["run_id"])["train_loss"]) == 3
+    assert len(registry.curves(facts["run_id"])["train_loss"]) == 8
     assert any(m.startswith("system/") for m in run.data.metrics)
     kept = {a.path for a in registry.client.list_artifacts(run.info.run_id)}
     assert {"dataset.json", "examples", "test_predictions.json"} <= kept
@@ -193,11 +193,13 @@ def test_bad_input_is_said_before_anything_expensive(project, tmp_path):
         pipeline.volumes(settings.model_copy(update={"lake": str(tmp_path / "l2")}))
     with pytest.raises(InputError, match="has no volumes: run the volumes stage"):
         pipeline.train(settings.model_copy(update={"lake": str(tmp_path / "l2")}))
-    greedy = settings.model_copy(update={"train": settings.train.model_copy(update={"processes": 99, "epochs": 2})})
+    greedy = settings.model_copy(update={"train": settings.train.model_copy(update={"processes": 3, "epochs": 2})})
     pipeline.patches(greedy)
-    with pytest.raises(InputError, match="99 but Spark has 2 task slots"):
+    with pytest.raises(InputError, match="3 but Spark has 2 task slots"):
         pipeline.train(greedy)
-    few = settings.model_copy(update={"classes": ("background", "liver"), "lake": str(tmp_path / "l3")})
+    assert any("Spark has 2 task slots" in p for p in pipeline.check(greedy))
+    pairs = ct_pairs(tmp_path / "pairs", 3)
+    few = settings.model_copy(update={"classes": ("background", "liver"), "lake": str(tmp_path / "l3"), "archive": str(pairs)})
     pipeline.catalog(few)
     with pytest.raises(InputError, match="do not fit classes"):
         pipeline.volumes(few)

@@ -3,7 +3,7 @@
 import datetime
 from collections.abc import Iterator
 
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from sparkmed import formats, storage, tables
@@ -16,7 +16,8 @@ STAGE = "catalog"
 
 
 def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, lineage: dict) -> dict[str, int]:
-    """Bring ``catalog/`` and ``quarantine/`` up to date with the files below ``url``; counts what was new, changed, gone, refused.
+    """Bring ``catalog/`` and ``quarantine/`` up to date with the files below ``url``; how many are
+    there, new, changed, gone, and how many instances and refusals that makes in all.
 
     Only files that are new or whose size or modification time changed are opened. ``key`` makes pseudonyms of patients; None
     keeps their identifiers. Writes nothing when nothing changed. Raises FileNotFoundError when there is nothing at ``url``.
@@ -24,13 +25,16 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     instances, refusals = tables.catalog(lake), tables.quarantine(lake)
     _forget_unfinished(refusals, instances.committed(STAGE))
     run = max(instances.committed(STAGE), refusals.committed(STAGE)) + 1
-    known = {r.container: (r.file_size, r.file_mtime_ns) for r in _latest_files(spark, lake).collect()}
+    known = {r.container: r for r in _latest_files(spark, lake).collect()}
     ignored = [paths.PathPattern(p) for p in limits.exclude]
     found = {f.uri: f for f in storage.walk(url) if not any(p.match(f.path) for p in ignored)}
-    todo = [f for f in found.values() if known.get(f.uri) != (f.size, f.mtime_ns)]
-    gone = [uri for uri in known if uri not in found]
-    counts = {"files": len(found), "new": sum(f.uri not in known for f in todo), "gone": len(gone), "instances": 0, "refused": 0}
-    counts["changed"] = len(todo) - counts["new"]
+    same = {u for u, r in known.items() if u in found and (r.file_size, r.file_mtime_ns) == (found[u].size, found[u].mtime_ns)}
+    todo = [f for u, f in found.items() if u not in same]
+    gone = [u for u in known if u not in found]
+    new = sum(f.uri not in known for f in todo)
+    counts = {"files": len(found), "new": new, "changed": len(todo) - new, "gone": len(gone)}
+    counts["refused"] = sum(known[u].refused for u in same)
+    counts["instances"] = sum(known[u].members for u in same) - counts["refused"]
     if not todo and not gone:
         return counts
 
@@ -43,8 +47,8 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     if gone:
         marks = [{"uri": u, "container": u, "format": "gone", **lineage} for u in gone]
         written.append((instances.write(marks), None))
-    counts["refused"] = sum(q.rows for _, q in written if q)
-    counts["instances"] = sum(c.rows for c, _ in written if c) - len(gone)
+    counts["refused"] += sum(q.rows for _, q in written if q)
+    counts["instances"] += sum(c.rows for c, _ in written if c) - len(gone)
     # quarantine first: a run counts when the catalog has its number, and an unfinished one is forgotten above
     refusals.commit([q for _, q in written if q], (STAGE, run))
     instances.commit([c for c, _ in written if c], (STAGE, run))
@@ -72,13 +76,21 @@ def quarantine_row(rejection: Rejection, lineage: dict, **file) -> dict:
 
 
 def _latest_files(spark: SparkSession, lake: str) -> DataFrame:
-    """Per file that is there: container, size, time, and the number of the last run that read it."""
-    columns = ["container", "file_size", "file_mtime_ns", "run"]
-    read = _read(spark, tables.catalog(lake)).select(*columns, "format")
-    kept_out = _read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE).select(*columns, F.lit("").alias("format"))
-    last = Window.partitionBy("container")
-    rows = read.unionByName(kept_out).withColumn("last", F.max("run").over(last)).where("run = last")
-    return rows.where("format != 'gone'").select(*columns).distinct()
+    """Per file that is there: container, the number of the last run that read it, size, time, members read and refused then."""
+    columns = ["container", "run", "file_size", "file_mtime_ns"]
+    read = _read(spark, tables.catalog(lake)).select(*columns, "format", F.lit(0).alias("refused"))
+    kept_out = _read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE)
+    rows = read.unionByName(kept_out.select(*columns, F.lit("").alias("format"), F.lit(1).alias("refused")))
+    per_run = rows.groupBy("container", "run").agg(
+        F.max("file_size").alias("file_size"),
+        F.max("file_mtime_ns").alias("file_mtime_ns"),
+        F.sum("refused").alias("refused"),
+        F.count("*").alias("members"),
+        F.max(F.col("format") == "gone").alias("gone"),
+    )
+    facts = ["run", "file_size", "file_mtime_ns", "refused", "members", "gone"]
+    last = per_run.groupBy("container").agg(F.max(F.struct(*facts)).alias("last"))
+    return last.select("container", *(f"last.{f}" for f in facts)).where("not gone")
 
 
 def _read(spark: SparkSession, table: tables.Table) -> DataFrame:

@@ -24,7 +24,12 @@ def session(settings: Spark, name: str) -> SparkSession:
     if not submitted:
         local = settings.master.startswith("local")
         defaults = (
-            {"spark.sql.shuffle.partitions": "8", "spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1", "spark.ui.showConsoleProgress": "false"}
+            {
+                "spark.sql.shuffle.partitions": "8",
+                "spark.ui.enabled": "false",
+                "spark.driver.host": "127.0.0.1",
+                "spark.ui.showConsoleProgress": "false",
+            }
             if local
             else {}
         )

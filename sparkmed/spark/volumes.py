@@ -11,7 +11,7 @@ from sparkmed import cohort, formats, tables
 from sparkmed.config import Config, digest
 from sparkmed.formats import series
 from sparkmed.formats.instance import Instance, VolumeHeader
-from sparkmed.imaging import labels
+from sparkmed.imaging import labels, preprocess
 from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark import catalog
 
@@ -41,8 +41,9 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     study = cohort.assemble(headers, config, key)
     rejections += study.rejections
     counted = {(r["uid"], r["label_uid"]): r["label_counts"] for r in before if len(r["label_counts"] or ()) == len(config.classes)}
-    members, label_counts, unsound = _check_labels(spark, study.members, config, counted)
-    rejections += unsound
+    fitting, unfit = _fitting(study.members, config)
+    members, label_counts, unsound = _check_labels(spark, fitting, config, counted)
+    rejections += unfit + unsound
     if any(m.split for m in members):
         cohort.require_splits(members, config)
 
@@ -86,6 +87,18 @@ def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], 
         headers += found
         rejections += refused
     return sorted(headers, key=lambda h: h.source_paths), sorted(rejections, key=lambda r: (r.uri, r.reason))
+
+
+def _fitting(members: list[cohort.Member], config: Config) -> tuple[list[cohort.Member], list[Rejection]]:
+    """The images whose preprocessed grid can be made, and why not of the others; from geometry alone."""
+    fitting, rejections = [], []
+    for m in members:
+        try:
+            preprocess.output_shape(m.image.shape[1:], np.reshape(m.image.affine, (4, 4)), config.preprocess)
+            fitting.append(m)
+        except Refused as e:
+            rejections += [e.at(u, STAGE) for u in m.image.sources]
+    return fitting, rejections
 
 
 def _check_labels(spark: SparkSession, members: list[cohort.Member], config: Config, counted: dict):
