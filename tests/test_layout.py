@@ -20,7 +20,7 @@ ENGINES = {
 # a layer imports from those before it; the parts of one layer do not import each other
 LAYERS = [
     {"rejection"},
-    {"config"},
+    {"config", "reasons"},
     {"storage"},
     {"imaging", "identity", "tables"},
     {"formats", "pictures"},
