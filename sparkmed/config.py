@@ -103,7 +103,7 @@ class Volumes(Section):
     labels: Labels = Labels()
     splits: Splits = Splits()
     max_refused: Share = 0.5
-    """Share of refused volumes above which the stage fails."""
+    """Share of files in refused volumes above which the stage fails."""
 
 
 class Intensity(Section):

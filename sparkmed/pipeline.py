@@ -58,9 +58,7 @@ def volumes(config: Config) -> dict:
         raise InputError(f"lake {config.lake} has no catalog: run the catalog stage first")
     counts = spark_volumes.build(_spark(config), config, _key(config)[0], _lineage(config, config.volumes, config.identity))
     if counts.get("refused"):
-        _require_few(
-            counts["refused"], counts["refused"] + counts["volumes"], config.volumes.max_refused, "volumes.max_refused", "volumes"
-        )
+        _require_few(counts["refused"], counts["files"], config.volumes.max_refused, "volumes.max_refused", "files")
     return counts
 
 

@@ -38,6 +38,7 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
         return {"volumes": len(before), "changed": 0}
 
     headers, rejections = _assemble(spark, config)
+    files = len({u for h in headers for u in h.sources} | {r.uri for r in rejections})
     study = cohort.assemble(headers, config, key)
     rejections += study.rejections
     counted = {(r["uid"], r["label_uid"]): r["label_counts"] for r in before if len(r["label_counts"] or ()) == len(config.classes)}
@@ -55,7 +56,8 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     refusals.commit([refusals.write(refused)] if refused else [], (STAGE, run), replace=old)
     table.commit([table.write(rows)], (STAGE, run), replace=table.paths())
     splits = Counter(m.split or "unlabelled" for m in members)
-    return {"volumes": len(members), "changed": 1, **splits, "refused": len({r.uri for r in rejections}), "ignored": study.ignored}
+    refused_files = len({r.uri for r in rejections})
+    return {"volumes": len(members), "changed": 1, **splits, "files": files, "refused": refused_files, "ignored": study.ignored}
 
 
 def row(member: cohort.Member, label_counts: list[int] | None) -> dict:

@@ -1,0 +1,53 @@
+"""Both notebooks run from the first cell to the last, on phantoms laid out as their data are."""
+
+import pathlib
+
+import nbformat
+import numpy as np
+import pytest
+import yaml
+from archives import ct_pairs
+from nbclient import NotebookClient
+from PIL import Image
+
+from sparkmed.imaging import phantom
+
+pytestmark = pytest.mark.engine
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {"processes": 1, "threads": 2, "epochs": 2, "batch_size": 4, "warmup_epochs": 1}
+
+
+def hippocampus(folder: pathlib.Path):
+    pairs = ct_pairs(folder, 12)
+    (pairs / "img").rename(folder / "imagesTr")
+    (pairs / "lab").rename(folder / "labelsTr")
+
+
+def radiographs(folder: pathlib.Path):
+    for i in range(36):
+        path = folder / ("train" if i < 28 else "val") / ("abd", "chst")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = phantom.radiograph(i, i % 2, (64, 64)).array[0, :, :, 0].T
+        Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB").save(path)
+
+
+@pytest.mark.parametrize("write", [hippocampus, radiographs], ids=lambda f: f.__name__)
+def test_notebook(write, tmp_path, monkeypatch):
+    name = write.__name__
+    write(tmp_path / "archive")
+    settings = yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())
+    settings["train"] = settings["train"] | SMALL
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    for variable, value in (("CONFIG", "small.yaml"), ("ARCHIVE", "archive"), ("LAKE", "lake")):
+        monkeypatch.setenv(f"SPARKMED_{variable}", str(tmp_path / value))
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    printed = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    assert "'scored': 0" in printed or name == "radiographs"
+    assert "report/index.html" in printed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_are_kept_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not c.get("outputs") and c.get("execution_count") is None for c in notebook.cells if c.cell_type == "code")
