@@ -144,12 +144,15 @@ def _broken_archive(what: str):
 def _name_problem(name: str) -> str:
     """Why a member of this name is not read, or ``""``."""
     parts = name.replace("\\", "/").split("/")
+    if not name:
+        return "BROKEN_ARCHIVE"
     if name.startswith(("/", "\\")) or ".." in parts or _DRIVE.match(name) or "\0" in name:
         return "ESCAPES_FOLDER"
     return "NESTED_ARCHIVE" if kind(name) else ""
 
 
 _NAME_MESSAGES = {
+    "BROKEN_ARCHIVE": "a member without a name",
     "ESCAPES_FOLDER": "the member's name leads out of its archive",
     "NESTED_ARCHIVE": "an archive inside an archive is not read",
 }
@@ -218,9 +221,9 @@ def _zip_members(file: storage.File, limits: config.Catalog) -> Iterator[Member 
             entries = _zip_entries(zf)
         seen: dict[str, int] = {}
         for info in entries:
-            if info.is_dir():
-                continue
             name = info.filename
+            if name.endswith("/"):
+                continue
             uri = _zip_uri(name, file.uri)
             seen[name] = seen.get(name, 0) + 1
             if seen[name] > 1:  # readers disagree which of the two is meant; the first keeps the URI

@@ -407,9 +407,9 @@ def read_pixels(data: bytes, header: dict, syntax: str) -> np.ndarray:
             _check_codestream(ds, syntax)
         try:
             array = _decode(ds, syntax, plugin, header)
-        except (Refused, MemoryError):
+        except (Refused, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
-        except Exception as e:
+        except BaseException as e:  # a panic of a decoder in Rust is no Exception
             raise Refused("BROKEN_PIXELS", f"{plugin or 'pydicom'} cannot decode the pixel data ({type(e).__name__})") from None
     if array.ndim == 2:
         return array.T[None]

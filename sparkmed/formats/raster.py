@@ -1,6 +1,8 @@
 """PNG, JPEG and TIFF: one picture of one page, as (C, I = column, J = row, 1)."""
 
+import contextlib
 import io
+import logging
 import warnings
 
 import numpy as np
@@ -28,21 +30,24 @@ def recognise(head: bytes) -> str:
     return "tiff" if head.startswith(_TIFF) else ""
 
 
-class _Broken:
-    """Context: whatever a picture library raises or warns becomes a :class:`Refused`."""
-
-    def __enter__(self):
-        self.warnings = warnings.catch_warnings()
-        self.warnings.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, kind, error, trace):
-        self.warnings.__exit__(kind, error, trace)
-        if error is None or isinstance(error, Refused) or not isinstance(error, Exception):
-            return False
-        if isinstance(error, MemoryError | Image.DecompressionBombError):
-            raise Refused("TOO_LARGE", "the picture claims more pixels than are read") from None
-        raise Refused("BROKEN_PICTURE", f"the picture cannot be read ({type(error).__name__})") from None
+@contextlib.contextmanager
+def _quiet():
+    """No warning or log line of the picture libraries; whatever they raise is a :class:`Refused`."""
+    logger = logging.getLogger("tifffile")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Refused:
+        raise
+    except (MemoryError, Image.DecompressionBombError):
+        raise Refused("TOO_LARGE", "the picture claims more pixels than are read") from None
+    except Exception as e:
+        raise Refused("BROKEN_PICTURE", f"the picture cannot be read ({type(e).__name__})") from None
+    finally:
+        logger.setLevel(level)
 
 
 def _open(stream) -> Image.Image:
@@ -79,6 +84,10 @@ def _tiff_page(stream) -> tifffile.TiffPage:
     ramp = page.photometric.name == "PALETTE" and _is_ramp(page.colormap)
     if page.photometric.name not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR") and not ramp:
         raise Refused("BAD_TYPE", f"TIFF colours of kind {page.photometric.name}")
+    available = tiff.filehandle.size
+    check_size((page.imagewidth, page.imagelength, page.samplesperpixel), page.dtype.itemsize, available, True)
+    if page.is_tiled:
+        check_size((page.tilewidth, page.tilelength, page.samplesperpixel), page.dtype.itemsize, available, True)
     return page
 
 
@@ -97,11 +106,10 @@ def _tiff_shape(page: tifffile.TiffPage) -> tuple[int, int, int, int]:
 
 def read_header(stream, size: int, kind: str) -> dict:
     """The fields of an :class:`Instance` that a picture determines; raises :class:`Refused`."""
-    with _Broken():
+    with _quiet():
         if kind == "tiff":
             page = _tiff_page(stream)
-            shape, itemsize, mode = _tiff_shape(page), page.dtype.itemsize, f"{page.photometric.name} {page.dtype.name}"
-            check_size((*shape[1:], page.samplesperpixel), itemsize, size, True)
+            shape, mode = _tiff_shape(page), f"{page.photometric.name} {page.dtype.name}"
         else:
             image = _open(stream)
             shape, mode = _shape(image), image.mode
@@ -127,7 +135,7 @@ def read_array(data: bytes) -> np.ndarray:
     Transparency that is the same everywhere is dropped, otherwise ``ALPHA``; raises :class:`Refused`.
     """
     kind = recognise(data[:16])
-    with _Broken():
+    with _quiet():
         array = _tiff(data) if kind == "tiff" else _picture(data)
     array = np.ascontiguousarray(array.transpose(2, 1, 0)[..., None])
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -174,11 +182,12 @@ def _without_alpha(array: np.ndarray) -> np.ndarray:
 def _tiff(data: bytes) -> np.ndarray:
     """(rows, columns, C)."""
     page = _tiff_page(io.BytesIO(data))
-    check_size((*_tiff_shape(page)[1:], page.samplesperpixel), page.dtype.itemsize, len(data), True)
     try:
         array = page.asarray()
-    except Exception:  # compressions that tifffile leaves to a package which is not here
-        array = _tiff_by_pillow(data, page)
+    except ValueError as e:
+        if "imagecodecs" not in str(e):
+            raise
+        array = _tiff_by_pillow(data, page)  # tifffile leaves this compression to a package which is not here
     if array.ndim == 2:
         array = array[..., None]
     elif page.axes == "SYX":

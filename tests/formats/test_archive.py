@@ -257,3 +257,15 @@ def test_digest_is_of_the_member(tmp_path):
     (member,) = listed(tmp_path)
     instance = formats.read_instance(member)
     assert (instance.sha256, instance.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_member_without_a_name(tmp_path):
+    make_zip(tmp_path / "z.zip", [("x", b"1")])
+    data = (tmp_path / "z.zip").read_bytes()
+    central = data.index(b"PK\x01\x02")
+    data = data[:26] + b"\0\0" + data[28:30] + data[31:central] + data[central:].replace(b"x", b"")
+    central -= 1
+    data = data[: central + 28] + b"\0\0" + data[central + 30 :]
+    end = data.index(b"PK\x05\x06")
+    (tmp_path / "z.zip").write_bytes(data[: end + 12] + struct.pack("<LL", end - central, central) + data[end + 20 :])
+    assert codes(listed(tmp_path)) == [("zip://", "BROKEN_ARCHIVE")]

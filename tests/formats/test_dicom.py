@@ -389,3 +389,19 @@ def test_member_of_an_archive_is_read_once(tmp_path):
     m = Member("file:///x", "x", "file:///x", len(data), 0, len(data), lambda: reads.append(1) or data)
     read_instance(m)
     assert reads == [1] and archive.kind(m.path) == ""
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.90"])
+def test_damaged_frames(tmp_path, syntax, share):
+    """The RLE decoder panics on some of these, which is no Exception."""
+    ds = dicoms.dataset(np.random.default_rng(0).integers(0, 3000, (64, 72)).astype(np.uint16))
+    ds.compress(syntax, generate_instance_uid=False)
+    data = bytearray(dicoms.encoded(ds))
+    start = data.index(b"\xe0\x7f\x10\0OB") + 100
+    at = start + int((len(data) - start) * share)
+    data[at : at + 400] = b"\x81\xff" * 200
+    (tmp_path / "x.dcm").write_bytes(data)
+    volumes, rejections = read_archive(str(tmp_path))
+    assert len(volumes) + len(rejections) == 1
+    assert {r.reason for r in rejections} <= {"BROKEN_PIXELS"}

@@ -164,3 +164,10 @@ def test_real_pictures(shared_data):
     np.testing.assert_array_equal(one(path).array[..., 0], np.asarray(Image.open(path).convert("RGB")).transpose(2, 1, 0))
     path = shared_data / "hcs_plate/images/Channel1-01-A-01.tif"
     np.testing.assert_array_equal(one(path).array[0, :, :, 0], tifffile.imread(path).T)
+
+
+def test_tile_that_claims_a_giant(tmp_path):
+    tifffile.imwrite(tmp_path / "p.tif", np.zeros((64, 64), np.uint8), tile=(32, 32), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "p.tif", mode="r+") as tiff:
+        tiff.pages[0].tags["TileLength"].overwrite(40_000_000)
+    assert reason(tmp_path / "p.tif") == "TRUNCATED"
