@@ -47,6 +47,13 @@ def test_a_job_with_a_wrong_config_says_so_and_fails(spark_cluster, project):
 
 
 def test_more_ranks_than_slots_is_said_before_training(spark_cluster, project):
-    ended = spark_cluster.submit(JOBS / "train.py", project / "project.yaml", "train.processes=2", "train.epochs=7", conf={"spark.cores.max": "1"}, timeout=200)
+    ended = spark_cluster.submit(
+        JOBS / "train.py",
+        project / "project.yaml",
+        "train.processes=2",
+        "train.epochs=7",
+        conf={"spark.cores.max": "1"},
+        timeout=200,
+    )
     assert ended.returncode != 0
     assert "Spark has 1 task slots" in ended.stderr
