@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 
 from sparkmed import config as configuration
 from sparkmed.rejection import InputError
@@ -26,9 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a stage failed, 2 wrong arguments or an archive that does not fit the config."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("mlflow", "alembic", "py4j", "petastorm"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    _quieten()
     from sparkmed.pipeline import StageFailed  # engines are imported when a verb is run, not to print the help
 
     try:
@@ -39,6 +38,21 @@ def main(arguments: list[str] | None = None) -> int:
     except StageFailed as e:
         print(f"sparkmed: {options.verb} failed: {e}", file=sys.stderr)
         return 1
+
+
+def _quieten():
+    """Engines say only what is wrong: their news would hide ours."""
+    for noisy in ("mlflow", "alembic", "py4j", "petastorm"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # py4j tells the root logger of every connection that Horovod's driver closes, with a traceback
+    logging.getLogger().addFilter(lambda record: record.module != "java_gateway")
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    # petastorm and horovod speak of the libraries they were written for; workers read the variable
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
 
 
 def _act(options) -> int:
