@@ -186,7 +186,8 @@ def overlay(
 def gallery(items: Sequence[tuple[Volume, str, str, float]], columns: int = 4) -> bytes:
     """A grid of images with what was predicted, what is true, and the probability; of a volume its middle slice."""
     rows = math.ceil(len(items) / columns)
-    figure = Figure(figsize=(2.3 * columns, 2.65 * rows), layout="constrained")
+    tallest = max(v.spatial_shape[1] * v.spacing[1] / (v.spatial_shape[0] * v.spacing[0]) for v, *_ in items)
+    figure = Figure(figsize=(2.3 * columns, (2.15 * min(tallest, 1.6) + 0.45) * rows), layout="constrained")
     for n, axes in enumerate(figure.subplots(rows, columns, squeeze=False).ravel()):
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
