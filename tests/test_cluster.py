@@ -73,7 +73,7 @@ REDUCED = "[(0, 2, [3.0, 3.0, 3.0]), (1, 2, [3.0, 3.0, 3.0])] 2 executors"
 
 
 def test_horovod_reduces_over_two_workers(spark_cluster, program):
-    path = program(HOROVOD.format(launch="ranks = horovod.spark.run(train, num_proc=2, use_gloo=True, start_timeout=60)"))
+    path = program(HOROVOD.format(launch="ranks = horovod.spark.run(train, num_proc=2, use_gloo=True, start_timeout=120)"))
     ended = spark_cluster.submit(path)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.strip() == REDUCED
@@ -87,7 +87,7 @@ def test_horovod_in_a_packed_environment(spark_cluster, program, tmp_path):
     (tmp_path / "environment" / "pyvenv.cfg").write_text((pathlib.Path(sys.prefix) / "pyvenv.cfg").read_text())
     with tarfile.open(tmp_path / "environment.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "environment", ".")
-    how = "num_proc=2, use_gloo=True, start_timeout=60, executable=os.environ['PYSPARK_PYTHON']"
+    how = "num_proc=2, use_gloo=True, start_timeout=120, executable=os.environ['PYSPARK_PYTHON']"
     launch = f"import os; ranks = horovod.spark.run(train, {how})"
     conf = {"spark.archives": f"{tmp_path / 'environment.tar.gz'}#environment"}
     env = {"PYSPARK_PYTHON": "./environment/bin/python"}
