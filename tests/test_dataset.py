@@ -111,12 +111,12 @@ def test_image_and_label_of_a_ct_series_agree(shared_data, tmp_path):
     np.testing.assert_allclose(ras.affine, canonical.affine, atol=1e-3)
     labels = np.asarray(canonical.dataobj)
     assert len(patches) == 8
+    assert sum((p["label"] > 0).any() for p in patches) >= 5  # two thirds are centred on an organ
     for patch in patches:
         places = _found(ras.array[0], patch["image"][0])
         assert len(places) == 1
         i, j, k = places[0]
         np.testing.assert_array_equal(patch["label"], labels[i : i + 64, j : j + 64, k : k + 16])
-        assert (patch["label"] > 0).any()
 
 
 def _found(array, patch):
