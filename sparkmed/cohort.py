@@ -55,11 +55,11 @@ def assemble(headers: Iterable[VolumeHeader], config: Config, key: bytes | None)
             rejections += [e.at(uri, STAGE) for uri in header.sources]
     members, duplicates = _once(members)
     rejections += duplicates
-    joined = {m.label.uid for m in members if m.label}
+    joined = {m.label.sources for m in members if m.label}
     rejections += [
         Rejection(h.sources[0], STAGE, "LABEL_WITHOUT_IMAGE", "no image belongs to this label")
         for h in labels.values()
-        if h.uid not in joined and not any(h.sources[0] == r.uri for r in rejections)
+        if h.sources not in joined and not any(h.sources[0] == r.uri for r in rejections)
     ]
     _require_labels(members, config)
     _require_same_channels(members, config)

@@ -38,7 +38,6 @@ volumes:
   images: ["ct/{{subject}}.zip/**", "ct/{{subject}}.tar.gz/**", "ct/{{subject}}/**", "nifti/{{subject}}.nii.gz"]
   labels: {{pattern: "labels/{{subject}}.nii.gz"}}
   splits: {{train: 0.6, val: 0.15, test: 0.25}}
-  max_refused: 0.9               # every slice of a refused series counts, and this archive is full of them
 preprocess:
   orientation: RAS
   spacing: [6.0, 6.0, 6.0]

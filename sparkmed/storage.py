@@ -119,6 +119,9 @@ def exists(url: str) -> bool:
 
 
 def read_bytes(url: str) -> bytes:
+    path = local_path(url)
+    if path is not None:  # three times as quick as through a file system object: archives are full of small files
+        return path.read_bytes()
     with open(url) as f:
         return f.read()
 

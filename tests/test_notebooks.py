@@ -41,7 +41,9 @@ def test_notebook(write, tmp_path, monkeypatch):
     for variable, value in (("CONFIG", "small.yaml"), ("ARCHIVE", "archive"), ("LAKE", "lake")):
         monkeypatch.setenv(f"SPARKMED_{variable}", str(tmp_path / value))
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    ).execute()
     printed = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
     assert "'scored': 0" in printed or name == "radiographs"
     assert "report/index.html" in printed

@@ -1,5 +1,7 @@
 """Networks of MONAI by name, all called with (B, C, I, J, K)."""
 
+import copy
+
 import monai.networks.nets
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,21 @@ def build(component: Component, in_channels: int, out_channels: int, spatial_dim
     if not isinstance(network, nn.Module):
         raise InputError(f"network {component.name} is not a network but a {type(network).__name__}")
     return InPlane(network) if spatial_dims == 2 else network
+
+
+def check(network: nn.Module, name: str, patch: tuple[int, int, int, int], classes: int, task: str) -> None:
+    """Raises :class:`InputError` unless the network makes class scores of a batch of patches (C, I, J, K); runs it once on zeros."""
+    wanted = (2, classes, *patch[1:]) if task == "segmentation" else (2, classes)
+    try:
+        with torch.no_grad():
+            output = copy.deepcopy(network).train()(torch.zeros(2, *patch))
+    except Exception as e:  # a network says in many ways that a size does not suit it
+        raise InputError(f"network {name} does not take patches {patch}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+    if isinstance(output, Tensor) and output.ndim == len(wanted) + 1:  # deep supervision
+        output = output[:, 0]
+    found = tuple(getattr(primary(output), "shape", ()))
+    if found != wanted:
+        raise InputError(f"network {name} makes {found} of patches {patch}, wanted {wanted} for {task} into {classes} classes")
 
 
 def primary(output: Tensor | list[Tensor] | tuple) -> Tensor:

@@ -81,7 +81,7 @@ def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], 
 
     def keyed(r):
         instance = dataclasses.replace(Instance.from_row(r.asDict()), patient=r.subject or "")
-        return (instance.series_uid or instance.uri if instance.format == "dicom" else instance.uri), instance
+        return (series.series_key(instance) if instance.format == "dicom" else instance.uri), instance
 
     grouped = catalog.current(spark, config.lake).rdd.map(keyed).groupByKey()
     headers, rejections = [], []

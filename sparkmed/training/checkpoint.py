@@ -24,13 +24,19 @@ class Checkpoint:
 
 
 def save(folder: str, epoch: int, state: dict[str, Any]) -> Checkpoint:
-    """Write ``state`` (tensors and plain values) as the checkpoint of ``epoch``; atomic. ``torch.load`` opens the file too."""
+    """Write ``state`` (tensors and plain values) as the checkpoint of ``epoch``; atomic. ``torch.load`` opens the file too.
+
+    Others of this epoch or later are removed: training went back behind them because they were damaged.
+    """
     stream = io.BytesIO()
     torch.save(state, stream)
     data = stream.getvalue()
     sha256 = hashlib.sha256(data).hexdigest()[:16]
     url = storage.join(folder, f"epoch-{epoch:05d}-{sha256}.pt")
     storage.write_bytes(url, data)
+    for stale in present(folder):
+        if stale.epoch >= epoch and stale.sha256 != sha256:
+            storage.remove(stale.url)
     return Checkpoint(url, epoch, sha256)
 
 

@@ -31,6 +31,7 @@ class State:
         torch.manual_seed(config.seed)
         size = dataset.field("image").shape
         network = networks.build(config.train.network, size[0], len(config.classes), networks.spatial_dims(size[1:]))
+        networks.check(network, config.train.network.name, size, len(config.classes), config.task)
         if config.train.initial_weights is not None:
             _start_from(network, config.train.initial_weights)
         network.to(device)
