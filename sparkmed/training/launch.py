@@ -28,10 +28,13 @@ def run(config: Config, dataset_url: str, folder_url: str, slots: int | None = N
         import horovod.spark
     except ImportError as e:
         raise InputError(f"{comm.MISSING_HOROVOD} ({e})") from None
-    outcomes = horovod.spark.run(
-        _rank, args=(config, dataset_url, folder_url), num_proc=ranks, start_timeout=config.train.start_timeout, use_gloo=True,
-        env=_environment(config), executable=python, verbose=0,
-    )  # fmt: skip
+    try:
+        outcomes = horovod.spark.run(
+            _rank, args=(config, dataset_url, folder_url), num_proc=ranks, start_timeout=config.train.start_timeout, use_gloo=True,
+            env=_environment(config), executable=python, verbose=0,
+        )  # fmt: skip
+    except Exception as e:  # a rank failure is an outcome; what comes here are ranks that never were, or were killed
+        raise TrainingError(f"Horovod lost its {ranks} ranks: {type(e).__name__}: {e}") from e
     return _checked(outcomes)
 
 
