@@ -5,4 +5,6 @@ import sys
 from sparkmed.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["score", *sys.argv[1:]]))
+    status = main(["score", *sys.argv[1:]])
+    if status:  # Databricks takes even an exit with status 0 for a failure
+        sys.exit(status)

@@ -88,9 +88,11 @@ def train(config: Config) -> dict:
     done = registry.trained(training)
     if done:
         return {"version": done, "already": "trained"}
-    slots = _slots(config)
+    slots, python = _slots(config), None
     if slots is not None:
-        spark_session.require_shared(_spark(config), config.lake, config.train.processes)
+        spark = _spark(config)
+        spark_session.require_shared(spark, config.lake, config.train.processes)
+        python = spark.sparkContext.pythonExec  # of the executors: on YARN the packed environment's
     folder = storage.join(config.lake, "training", config.name, training)
     storage.makedirs(folder)
     source = {"name": config.name, "version": facts["version"], "digest": facts["digest"], "url": url, "counts": facts["counts"]}
@@ -101,7 +103,7 @@ def train(config: Config) -> dict:
     ) as run:
         started = time.monotonic()
         with _following(folder, run):
-            result = launch.run(config, url, folder, slots)
+            result = launch.run(config, url, folder, slots, python)
         minutes = (time.monotonic() - started) / 60
         test = [r for r in rows if r["split"] == "test"]
         scored = evaluate(config, result["model"], test)
