@@ -12,6 +12,7 @@ import monai.metrics
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.metrics import compute_roc_auc
 from torch import Tensor
 
 from sparkmed.config import Component
@@ -142,6 +143,16 @@ def _mean(values: Sequence[float]) -> float:
 def _one_hot(truth: Tensor, classes: int) -> Tensor:
     """(B, ...) int64 to (B, classes, ...) float."""
     return F.one_hot(truth, classes).movedim(-1, 1).float()
+
+
+def roc_auc(probabilities: Sequence[Sequence[float]], targets: Sequence[int]) -> float | None:
+    """Area under the ROC curve, one class against the rest, mean over the classes that occur and do not fill all samples.
+
+    ``probabilities`` (samples, classes), ``targets`` class indices. None when no class can be judged.
+    """
+    scores, truth = torch.tensor(probabilities, dtype=torch.float64), _one_hot(torch.tensor(targets), len(probabilities[0]))
+    judged = [c for c in range(truth.shape[1]) if 0 < truth[:, c].sum() < len(truth)]
+    return float(np.mean([compute_roc_auc(scores[:, c], truth[:, c]) for c in judged])) if judged else None
 
 
 def bootstrap_interval(

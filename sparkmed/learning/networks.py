@@ -56,13 +56,14 @@ def build(component: Component, in_channels: int, out_channels: int, spatial_dim
 
 
 def check(network: nn.Module, name: str, patch: tuple[int, int, int, int], classes: int, task: str) -> None:
-    """Raises :class:`InputError` unless the network makes class scores of a batch of patches (C, I, J, K); runs it once on zeros."""
+    """Raises :class:`InputError` unless the network makes class scores of patches (C, I, J, K); runs it once on zeros."""
     wanted = (2, classes, *patch[1:]) if task == "segmentation" else (2, classes)
     try:
         with torch.no_grad():
             output = copy.deepcopy(network).train()(torch.zeros(2, *patch))
     except Exception as e:  # a network says in many ways that a size does not suit it
-        raise InputError(f"network {name} does not take patches {patch}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+        said = " ".join(str(e).split())[:300]
+        raise InputError(f"network {name} does not take patches {patch}: {type(e).__name__}: {said}") from e
     if isinstance(output, Tensor) and output.ndim == len(wanted) + 1:  # deep supervision
         output = output[:, 0]
     found = tuple(getattr(primary(output), "shape", ()))

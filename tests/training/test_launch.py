@@ -69,7 +69,8 @@ def test_the_rank_that_failed_first_is_named():
 @pytest.mark.engine
 def test_two_ranks_train_as_one_process_does(spark, balls, tmp_path):
     """Same global batch, so the same gradients, weights, losses and metrics; then one process goes on where two stopped."""
-    settings = {"scale_lr": "none", "augment": {"flip": [0, 1, 2], "rotate": 10, "gamma": 0.2, "noise": 0.1}, "epochs": 2, "ema": 0.9}
+    changes = {"flip": [0, 1, 2], "rotate": 10, "gamma": 0.2, "noise": 0.1}
+    settings = {"scale_lr": "none", "augment": changes, "epochs": 2, "ema": 0.9}
     two = launch.run(project(**settings, processes=2, batch_size=2), balls, str(tmp_path / "two"), slots=2)
     one = launch.run(project(**settings, processes=1, batch_size=4), balls, str(tmp_path / "one"))
     assert two["ranks"] == 2 and one["ranks"] == 1
@@ -90,7 +91,8 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback(spark, tmp_path):
     rows[5]["image"] = np.full_like(rows[5]["image"], np.inf)
     url = datasets.write(tmp_path / "data", {"train": [rows], "val": [datasets.balls(2, seed=1)]})
     began = time.monotonic()
-    with pytest.raises(TrainingError, match=r"rank \d of 2 failed: loss is not finite in epoch 0, step \d, patches 0005(.|\n)*Traceback"):
+    said = r"rank \d of 2 failed: loss is not finite in epoch 0, step \d, patches 0005(.|\n)*Traceback"
+    with pytest.raises(TrainingError, match=said):
         launch.run(project(processes=2, batch_size=1, augment={}), url, str(tmp_path / "run"), slots=2)
     assert time.monotonic() - began < 90
     assert spark.sparkContext.parallelize(range(4), 2).sum() == 6  # the slots are free again

@@ -1,0 +1,131 @@
+import pytest
+import torch
+
+from sparkmed.config import Augment
+from sparkmed.learning.augment import augment
+
+ALL = Augment(flip=[0, 1, 2], rotate=20, scale=0.2, translate=2, elastic=2, gamma=0.3, brightness=0.1, contrast=0.1, noise=0.1)
+IDS = ["a", "b", "c"]
+
+
+def batch(shape=(12, 10, 8), channels=2):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(3, channels, *shape, generator=generator)
+    return image, torch.randint(0, 5, (3, 1, *shape), generator=generator)
+
+
+def ball(shape=(24, 24, 24), centre=(11.5, 11.5, 11.5), radius=6.0):
+    grid = torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float32) for n in shape], indexing="ij"))
+    inside = ((grid - torch.tensor(centre)[:, None, None, None]) ** 2).sum(0) <= radius**2
+    return inside.float()[None, None], inside.long()[None, None]
+
+
+def test_nothing_asked_nothing_changed():
+    image, label = batch()
+    out, truth = augment(image, label, IDS, Augment(), 0, 0)
+    assert torch.equal(out, image) and torch.equal(truth, label)
+
+
+def test_a_function_of_seed_epoch_and_patch():
+    image, label = batch()
+    first, truth = augment(image, label, IDS, ALL, 1, 2)
+    again, same = augment(image, label, IDS, ALL, 1, 2)
+    assert torch.equal(first, again) and torch.equal(truth, same)
+    for seed, epoch, ids in ((2, 2, IDS), (1, 3, IDS), (1, 2, ["x", "y", "z"])):
+        assert not torch.allclose(augment(image, label, ids, ALL, seed, epoch)[0], first)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    image, label = batch()
+    whole, truth = augment(image, label, IDS, ALL, 0, 0)
+    for i, name in enumerate(IDS):
+        alone, its = augment(image[i : i + 1], label[i : i + 1], [name], ALL, 0, 0)
+        assert torch.allclose(alone[0], whole[i], atol=1e-5) and torch.equal(its[0], truth[i])
+
+
+def test_global_randomness_plays_no_part():
+    image, label = batch()
+    torch.manual_seed(1)
+    first, state = augment(image, label, IDS, ALL, 0, 0)[0], torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(augment(image, label, IDS, ALL, 0, 0)[0], first)
+
+
+def test_labels_keep_their_values_and_follow_the_image():
+    image, label = ball()
+    for epoch in range(10):
+        spec = Augment(flip=[0, 1, 2], rotate=30, scale=0.2, translate=3, elastic=2)
+        out, truth = augment(image, label, ["p"], spec, 0, epoch)
+        assert set(truth.unique().tolist()) <= {0, 1} and truth.dtype == label.dtype
+        found = (out > 0.5).long()
+        assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.95
+        assert not torch.equal(truth, label)
+
+
+def test_flips_are_exact():
+    image, label = batch()
+    seen = set()
+    for epoch in range(60):
+        out, truth = augment(image, label, IDS, Augment(flip=[0, 2]), 0, epoch)
+        for i in range(3):
+            matches = [a for a in ((), (1,), (3,), (1, 3)) if torch.allclose(out[i], image[i].flip(a), atol=1e-4)]
+            assert len(matches) == 1 and torch.equal(truth[i], label[i].flip(matches[0]))
+            seen.add(matches[0])
+    assert len(seen) == 4
+
+
+def test_shift_and_zoom_are_as_large_as_said():
+    image, label = ball()
+    volume, moved = [], []
+    grid = torch.stack(torch.meshgrid(*[torch.arange(24.0)] * 3, indexing="ij"))
+    for epoch in range(60):
+        volume.append(augment(image, label, ["p"], Augment(scale=0.2), 0, epoch)[1].sum() / label.sum())
+        truth = augment(image, label, ["p"], Augment(translate=3), 0, epoch)[1][0, 0]
+        moved.append((grid * truth).sum((1, 2, 3)) / truth.sum() - 11.5)
+    assert 0.8**3 - 0.05 < min(volume) < 0.7 and 1.4 < max(volume) < 1.2**3 + 0.05
+    moved = torch.stack(moved)
+    assert 2 < moved.abs().max() <= 3.1 and moved.mean(0).abs().max() < 1
+
+
+def test_rotation_keeps_volume_and_turns():
+    shape = (24, 24, 24)
+    label = torch.zeros(1, 1, *shape, dtype=torch.int64)
+    label[..., 4:20, 11:13, 11:13] = 1
+    angles = []
+    for epoch in range(30):
+        truth = augment(label.float(), label, ["p"], Augment(rotate=40), 0, epoch)[1][0, 0]
+        assert 0.7 < truth.sum() / label.sum() < 1.3
+        points = truth.nonzero().float()
+        axis = torch.linalg.svd(points - points.mean(0))[2][0]
+        angles.append(torch.rad2deg(torch.acos(axis[0].abs().clamp(max=1))))
+    assert 20 < max(angles) < 62  # about two axes, 40 degrees each
+
+
+@pytest.mark.parametrize("spec", [ALL, Augment(rotate=90), Augment(elastic=3), Augment(scale=0.5), Augment(translate=4)])
+def test_planes_stay_planes(spec):
+    image, label = ball((24, 24, 1), (11.5, 11.5, 0), 6)
+    out, truth = augment(image, label, ["p"], spec.model_copy(update={"noise": 0.0}), 0, 1)
+    assert out.shape == image.shape and truth.shape == label.shape
+    assert out.max() > 0.8 and truth.sum() > 20  # nothing was turned out of the plane
+
+
+def test_gamma_keeps_mean_and_deviation():
+    image, _ = batch()
+    out, _ = augment(image, None, IDS, Augment(gamma=0.5), 0, 0)
+    assert not torch.allclose(out, image, atol=1e-2)
+    assert torch.allclose(out.mean((2, 3, 4)), image.mean((2, 3, 4)), atol=1e-4)
+    assert torch.allclose(out.std((2, 3, 4)), image.std((2, 3, 4)), atol=1e-4)
+    flat = torch.full((1, 1, 4, 4, 4), 3.0)
+    assert torch.equal(augment(flat, None, ["p"], Augment(gamma=0.5), 0, 0)[0], flat)
+
+
+def test_intensity_changes_are_as_large_as_said():
+    image, label = torch.ones(1, 1, 20, 20, 20), None
+    bright = torch.stack([augment(image, label, ["p"], Augment(brightness=0.2), 0, e)[0].mean() for e in range(50)])
+    contrast = torch.stack([augment(image, label, ["p"], Augment(contrast=0.3), 0, e)[0].mean() for e in range(50)])
+    noise = torch.stack([augment(image, label, ["p"], Augment(noise=0.5), 0, e)[0].std() for e in range(50)])
+    assert 0.8 <= bright.min() < 0.85 and 1.15 < bright.max() <= 1.2
+    assert 0.7 <= contrast.min() < 0.75 and 1.25 < contrast.max() <= 1.3
+    assert noise.min() < 0.1 and 0.4 < noise.max() < 0.52

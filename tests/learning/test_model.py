@@ -1,0 +1,169 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sparkmed.config import Component, Intensity, Preprocess, Score
+from sparkmed.imaging.volume import Volume
+from sparkmed.learning import model as models
+from sparkmed.learning import networks
+from sparkmed.learning.model import ClassProbabilities, Model, ModelSpec
+from sparkmed.rejection import InputError, Refused
+
+OBLIQUE = np.array([[-0.8, 0.1, 0, 5], [0.08, 1.0, 0.1, -7], [0, -0.1, 2.0, 9], [0, 0, 0, 1]])
+
+
+def segmenter(**more) -> Model:
+    spec = ModelSpec(
+        **{
+            "name": "organs", "task": "segmentation", "classes": ("background", "liver", "spleen"),
+            "in_channels": 1, "spatial_dims": 3, "network": Component(name="UNet", channels=[4, 8], strides=[2]), "window": (16, 16, 8),
+            "preprocess": Preprocess(orientation="RAS", spacing=(1, 1, 2)), "score": Score(overlap=0.25),
+        }
+        | more
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Model(spec, networks.build(spec.network, spec.in_channels, len(spec.classes), spec.spatial_dims))
+
+
+def classifier(window=(16, 16, 1)) -> Model:
+    return segmenter(
+        task="classification", classes=("abd", "chst"), spatial_dims=2, window=window, network=Component(name="resnet10"),
+        preprocess=Preprocess(orientation=None, size=(16, 16, 1), channels="gray", intensity=Intensity(kind="percentile")),
+    )  # fmt: skip
+
+
+def volume(shape=(1, 20, 18, 7), affine=OBLIQUE, seed=0) -> Volume:
+    array = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return Volume(array, affine, series_uid="1.2.3", modality="MR", sources=("file:///a.nii.gz",))
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 18, 7), (1, 5, 40, 3), (1, 33, 4, 1)])
+def test_labels_are_on_the_inputs_own_grid(shape):
+    prediction = segmenter().predict(volume(shape))
+    assert prediction.array.shape == shape and prediction.array.dtype == np.uint8
+    assert np.array_equal(prediction.affine, OBLIQUE)
+    assert (prediction.series_uid, prediction.modality, prediction.sources) == ("1.2.3", "MR", ("file:///a.nii.gz",))
+
+
+def test_probabilities_add_up_and_agree_with_the_labels():
+    model = segmenter()
+    scores = model.probabilities(volume())
+    assert scores.array.shape == (3, 20, 18, 7) and np.allclose(scores.array.sum(0), 1, atol=1e-4)
+    assert np.array_equal(scores.array.argmax(0), model.predict(volume()).array[0])
+    assert np.array_equal(model.predict(volume()).array, model.predict(volume()).array)
+
+
+def test_saved_and_loaded_it_predicts_the_same(tmp_path):
+    model = segmenter()
+    model.save(str(tmp_path / "model"))
+    loaded = Model.load(str(tmp_path / "model"))
+    assert loaded.spec == model.spec and len(loaded.spec.weights_sha256) == 64
+    assert np.array_equal(loaded.predict(volume()).array, model.predict(volume()).array)
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"weights.safetensors", "spec.json"}
+
+
+def flip_a_byte(folder):
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "weights.safetensors").write_bytes(data)
+
+
+def other_network(folder):
+    spec = json.loads((folder / "spec.json").read_text())
+    spec["network"]["channels"] = [4, 16]
+    (folder / "spec.json").write_text(json.dumps(spec))
+
+
+def no_task(folder):
+    spec = json.loads((folder / "spec.json").read_text())
+    del spec["task"]
+    (folder / "spec.json").write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_a_byte, "weights.safetensors has SHA-256"),
+        (other_network, "weights do not fit network UNet"),
+        (no_task, "spec.json is not a model spec.*task"),
+        (lambda f: (f / "spec.json").write_text("{"), "spec.json is not a model spec"),
+        (lambda f: (f / "spec.json").unlink(), "no spec.json"),
+        (lambda f: (f / "weights.safetensors").unlink(), "no weights.safetensors"),
+    ],
+)
+def test_damaged_models_are_refused(tmp_path, damage, said):
+    segmenter().save(str(tmp_path))
+    damage(tmp_path)
+    with pytest.raises(InputError, match=said):
+        Model.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("model", [segmenter(), classifier()])
+def test_another_number_of_channels_is_refused(model):
+    two = volume((2, 20, 18, 7) if model.spec.task == "segmentation" else (2, 20, 18, 1))
+    with pytest.raises(Refused) as e:
+        model.predict(two)
+    assert e.value.reason == "CHANNELS"
+
+
+@pytest.mark.parametrize("window", [(16, 16, 1), (8, 8, 1)])
+def test_class_probabilities(window):
+    prediction = classifier(window).predict(volume((3, 50, 40, 1), np.eye(4)))
+    assert list(prediction) == ["abd", "chst"] and sum(prediction.values()) == pytest.approx(1, abs=1e-5)
+    assert prediction.label == max(prediction, key=prediction.get)
+    assert np.asarray(prediction).tolist() == pytest.approx(list(prediction.values()))
+    with pytest.raises(ValueError, match="is a classification"):
+        classifier().probabilities(volume())
+
+
+def test_patches():
+    assert segmenter().predict_patches(np.zeros((2, 1, 16, 16, 8), np.float32)).shape == (2, 3, 16, 16, 8)
+    assert classifier().predict_patches(np.zeros((5, 1, 16, 16, 1), np.float32)).shape == (5, 2)
+    for wrong in ((1, 16, 16, 8), (2, 3, 16, 16, 8)):
+        with pytest.raises(ValueError, match=r"takes \(B, 1, I, J, K\)"):
+            segmenter().predict_patches(np.zeros(wrong, np.float32))
+
+
+def test_volumes_in_ml():
+    array = np.zeros((1, 10, 10, 10), np.uint8)
+    array[0, :5] = 1
+    found = models.volumes_ml(Volume(array, np.diag([2.0, 2, 2, 1])), ("background", "liver", "spleen"))
+    assert found == {"liver": pytest.approx(500 * 0.008), "spleen": 0.0}
+
+
+def test_as_pyfunc(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    uris = []
+    for i in range(2):
+        nibabel.save(nibabel.Nifti1Image(volume(seed=i).array[0], OBLIQUE), tmp_path / f"{i}.nii.gz")
+        uris.append(f"file://{tmp_path}/{i}.nii.gz")
+    model = segmenter()
+    model.save(str(tmp_path / "model"))
+    loaded = models._load_pyfunc(str(tmp_path / "model"))
+    rows = loaded.predict(pd.DataFrame({"uri": uris}, index=[5, 6]))
+    assert list(rows.columns) == ["uri", "ml_liver", "ml_spleen"] and list(rows.index) == [5, 6]
+    expected = models.volumes_ml(model.predict(volume()), model.spec.classes)
+    assert rows.loc[5, "ml_liver"] == pytest.approx(expected["liver"], rel=0.01, abs=1e-3)
+    patches = np.zeros((1, 1, 16, 16, 8), np.float32)
+    assert np.array_equal(loaded.predict(patches), model.predict_patches(patches))
+    with pytest.raises(InputError, match="column uri"):
+        loaded.predict(pd.DataFrame({"path": uris}))
+    with pytest.raises(InputError, match="0 volumes, wanted 1"):
+        (tmp_path / "broken.nii.gz").write_bytes(b"broken")
+        loaded.predict(pd.DataFrame({"uri": [f"file://{tmp_path}/broken.nii.gz"]}))
+
+
+def test_plain_mlflow_loads_it(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    segmenter().save(str(tmp_path / "data"))
+    mlflow.pyfunc.save_model(str(tmp_path / "saved"), loader_module="sparkmed.learning.model", data_path=str(tmp_path / "data"))
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "saved"))
+    assert loaded.predict(np.zeros((1, 1, 16, 16, 8), np.float32)).shape == (1, 3, 16, 16, 8)
+
+
+def test_class_probabilities_are_a_plain_mapping():
+    p = ClassProbabilities(a=0.25, b=0.75)
+    assert p.label == "b" and dict(p) == {"a": 0.25, "b": 0.75} and np.asarray(p, np.float64).dtype == np.float64
