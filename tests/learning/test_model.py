@@ -19,7 +19,8 @@ def segmenter(**more) -> Model:
     spec = ModelSpec(
         **{
             "name": "organs", "task": "segmentation", "classes": ("background", "liver", "spleen"),
-            "in_channels": 1, "spatial_dims": 3, "network": Component(name="UNet", channels=[4, 8], strides=[2]), "window": (16, 16, 8),
+            "in_channels": 1, "spatial_dims": 3, "window": (16, 16, 8),
+            "network": Component(name="UNet", channels=[4, 8], strides=[2]),
             "preprocess": Preprocess(orientation="RAS", spacing=(1, 1, 2)), "score": Score(overlap=0.25),
         }
         | more
