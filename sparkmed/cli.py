@@ -65,7 +65,7 @@ def _act(options) -> int:
         return demo.main(options.folder)
     config = configuration.load(options.config, options.overrides)
     if options.verb == "check":
-        problems = pipeline.check(config)
+        problems = pipeline.check(config, data=True)
         print("\n".join(f"- {p}" for p in problems) or f"{options.config}: nothing known that would fail")
         return 2 if problems else 0
     if options.verb == "run":

@@ -45,9 +45,9 @@ def assemble(headers: Iterable[VolumeHeader], config: Config, key: bytes | None)
     :class:`InputError` when images lack labels (unless the config allows it), have different channel counts, or a class or
     split is not one of the config's.
     """
-    images, labels, rejections, ignored = _roles(headers, config)
+    table = label_table(config)
+    images, labels, rejections, ignored = _roles(headers, table, config)
     members = []
-    table = _read_csv(config) if config.volumes.labels.csv else None
     for header, named in images:
         try:
             members.append(_member(header, named, labels, table, config, key))
@@ -80,12 +80,12 @@ def require_splits(members: Sequence[Member], config: Config):
         )
 
 
-def _roles(headers: Iterable[VolumeHeader], config: Config):
+def _roles(headers: Iterable[VolumeHeader], table: list[dict] | None, config: Config):
     """Images with what their pattern says, labels by path, refusals, and how many volumes are neither."""
     wanted = config.volumes.images
     patterns = [paths.PathPattern(p) for p in ([wanted] if isinstance(wanted, str) else wanted or [])]
     label_pattern = paths.PathPattern(config.volumes.labels.pattern) if config.volumes.labels.pattern else None
-    listed = {r["label"] for r in _read_csv(config)} if config.volumes.labels.csv and config.task == "segmentation" else set()
+    listed = {r["label"] for r in table} if table and config.task == "segmentation" else set()
     images, labels, rejections, ignored = [], {}, [], 0
     for header in sorted(headers, key=lambda h: h.source_paths):
         path = header.source_paths[0]
@@ -147,8 +147,11 @@ def _entry(table: list[dict], header: VolumeHeader, raw: str | None, subject: st
     return rows[0] if rows else None
 
 
-def _read_csv(config: Config) -> list[dict]:
+def label_table(config: Config) -> list[dict] | None:
+    """The rows of ``volumes.labels.csv`` that hold a label; None when the config names no CSV."""
     where = config.volumes.labels.csv
+    if where is None:
+        return None
     inside = storage.join(config.archive, where)
     url = inside if "://" not in where and not where.startswith("/") and storage.exists(inside) else where
     try:

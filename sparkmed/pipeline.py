@@ -11,6 +11,7 @@ import logging
 import statistics
 import threading
 import time
+import uuid
 from collections.abc import Callable
 
 import sparkmed
@@ -35,28 +36,33 @@ class StageFailed(Exception):
 def catalog(config: Config) -> dict:
     """Bring ``catalog/`` and ``quarantine/`` up to date with the archive."""
     key, origin = _key(config)
-    spark = _spark(config)
-    try:
-        counts = spark_catalog.update(
-            spark, config.archive, config.lake, config.catalog, key, _lineage(config, config.catalog, config.identity)
-        )
-    except FileNotFoundError:
-        raise InputError(f"archive {config.archive} does not exist: say where the images are with archive=FOLDER") from None
-    if not counts["files"]:
-        raise InputError(f"archive {config.archive} holds no file")
     if origin.endswith("subject.key"):
         log.info("subjects are pseudonyms under the key %s: keep it, and keep it secret", origin)
-    _require_few(
-        counts["refused"], counts["refused"] + counts["instances"], config.catalog.max_refused, "catalog.max_refused", "files"
-    )
-    return counts
+    return _catalog(config, key)
 
 
 def volumes(config: Config) -> dict:
     """Make ``volumes/`` from the catalog: geometry, subjects, labels, splits."""
     if not tables.catalog(config.lake).committed(spark_catalog.STAGE):
         raise InputError(f"lake {config.lake} has no catalog: run the catalog stage first")
-    counts = spark_volumes.build(_spark(config), config, _key(config)[0], _lineage(config, config.volumes, config.identity))
+    return _make_volumes(config, _key(config)[0])
+
+
+def _catalog(config: Config, key: bytes | None) -> dict:
+    lineage = _lineage(config, config.catalog, config.identity)
+    try:
+        counts = spark_catalog.update(_spark(config), config.archive, config.lake, config.catalog, key, lineage)
+    except FileNotFoundError:
+        raise InputError(f"archive {config.archive} does not exist: say where the images are with archive=FOLDER") from None
+    if not counts["files"]:
+        raise InputError(f"archive {config.archive} holds no file")
+    refused, total = counts["refused"], counts["refused"] + counts["instances"]
+    _require_few(refused, total, config.catalog.max_refused, "catalog.max_refused", "files")
+    return counts
+
+
+def _make_volumes(config: Config, key: bytes | None) -> dict:
+    counts = spark_volumes.build(_spark(config), config, key, _lineage(config, config.volumes, config.identity))
     if counts.get("refused"):
         _require_few(counts["refused"], counts["files"], config.volumes.max_refused, "volumes.max_refused", "files")
     return counts
@@ -82,7 +88,8 @@ def train(config: Config) -> dict:
     rows = _labelled(config)
     url = dataset.url(config.lake, config.name, dataset.version(rows, config))
     facts = dataset.describe(url)
-    training = digest(facts["digest"], config.train, config.preprocess, config.patches.size, config.score, config.seed)[:16]
+    how = config.train.model_dump(mode="json", exclude={"threads", "device", "keep_checkpoints", "start_timeout"})
+    training = digest(facts["digest"], how, config.preprocess, config.patches.size, config.score, config.seed)[:16]
     registry = tracking.of(config)
     registry.check()
     done = registry.trained(training)
@@ -90,9 +97,7 @@ def train(config: Config) -> dict:
         return {"version": done, "already": "trained"}
     slots, python = _slots(config), None
     if slots is not None:
-        spark = _spark(config)
-        spark_session.require_shared(spark, config.lake, config.train.processes)
-        python = spark.sparkContext.pythonExec  # of the executors: on YARN the packed environment's
+        python = _spark(config).sparkContext.pythonExec  # of the executors: on YARN the packed environment's
     folder = storage.join(config.lake, "training", config.name, training)
     storage.makedirs(folder)
     source = {"name": config.name, "version": facts["version"], "digest": facts["digest"], "url": url, "counts": facts["counts"]}
@@ -127,9 +132,12 @@ def promote(config: Config) -> dict:
     if challenger == champion:
         return {"champion": champion, "action": "kept", "reason": "the newest version is the champion already"}
     test = [r for r in _labelled(config) if r["split"] == "test"]
+    decided = _decision(config, registry, challenger, champion, test)
+    if decided:
+        return {"champion": champion, "action": decided["action"], "reason": decided["reason"]}
     ours = _subject_scores(config, registry, challenger, test)
     mean = statistics.fmean(ours.values())
-    numbers = {"challenger_mean": mean, "subjects": len(ours), "minimum": config.promote.minimum}
+    numbers = {"challenger_mean": mean, "subjects": len(ours), "minimum": config.promote.minimum, "test": _test_digest(test)}
     passes = mean >= config.promote.minimum
     reason = f"mean {mean:.4f} over {len(ours)} test subjects, wanted at least {config.promote.minimum:g}"
     if passes and champion is not None:
@@ -232,23 +240,36 @@ def run_stage(name: str, config: Config, tell: Callable[[str], None] = log.info)
     return outcome
 
 
-def check(config: Config) -> list[str]:
-    """What would fail, found without reading a pixel; an empty list when nothing is known to."""
+def check(config: Config, data: bool = False) -> list[str]:
+    """What would fail, before it does; an empty list when nothing is known to.
+
+    ``data`` also reads the headers of the archive and every label, as the first two stages would, and keeps nothing of it.
+    """
     problems = []
 
     def attempt(step: Callable):
         try:
-            return step()
-        except InputError as e:
+            step()
+        except (InputError, StageFailed) as e:
             problems.append(str(e))
-        return None
 
-    attempt(lambda: _archive_is_there(config))
-    attempt(lambda: _key(config))
-    attempt(lambda: tracking.of(config).check())
-    attempt(lambda: _network_builds(config))
-    attempt(lambda: _slots(config))
+    for step in (_archive_is_there, _key, lambda c: tracking.of(c).check(), _network_builds, _slots):
+        attempt(lambda step=step: step(config))
+    if data and not problems:
+        attempt(lambda: _rehearse(config))
     return problems
+
+
+def _rehearse(config: Config):
+    """The first two stages in a lake that is thrown away."""
+    key, _ = _key(config)
+    scratch = config.model_copy(update={"lake": storage.join(config.lake, f"check-{uuid.uuid4().hex[:8]}")})
+    try:
+        _catalog(scratch, key)
+        _make_volumes(scratch, key)
+    finally:
+        if storage.exists(scratch.lake):
+            storage.remove(scratch.lake, recursive=True)
 
 
 def _slots(config: Config) -> int | None:
@@ -334,6 +355,20 @@ def _subject_scores(config: Config, registry: tracking.Registry, version: str, t
     return scores
 
 
+def _decision(config: Config, registry, challenger: str, champion: str | None, test: list[dict]) -> dict | None:
+    """The decision that was made about these two versions on this test split under this gate, if one was."""
+    wanted = (registry.model, challenger, champion, digest(config.promote)[:16])
+    for r in tables.promotions(config.lake).rows():
+        same = (r["model_name"], r["challenger"], r["champion"], r["config_digest"]) == wanted
+        if same and r["action"] == "kept" and json.loads(r["numbers"])["test"] == _test_digest(test):
+            return r
+    return None
+
+
+def _test_digest(test: list[dict]) -> str:
+    return digest(sorted([r["uid"], r["label_uid"] or "", r["target"] or 0] for r in test))[:16]
+
+
 def _decide(config, registry, action: str, challenger: str, champion: str | None, reason: str, numbers: dict) -> dict:
     """Write the decision down, then act on it."""
     decided = {"model_name": registry.model, "action": action, "challenger": challenger, "champion": champion, "reason": reason}
@@ -414,7 +449,10 @@ def _labelled(config: Config) -> list[dict]:
 
 
 def _spark(config: Config):
-    return spark_session.session(config.spark, f"sparkmed {config.name}")
+    """The Spark session; of a cluster, once it is known that its nodes share the lake."""
+    spark = spark_session.session(config.spark, f"sparkmed {config.name}")
+    spark_session.require_shared(spark, config.lake)
+    return spark
 
 
 def _key(config: Config) -> tuple[bytes | None, str]:

@@ -207,3 +207,23 @@ def test_bad_input_is_said_before_anything_expensive(project, tmp_path):
     with pytest.raises(InputError, match="tracking.uri http://127.0.0.1:9 cannot be used"):
         pipeline.train(away)
     assert any("cannot be used" in p for p in pipeline.check(away))
+
+
+def test_check_finds_what_the_stages_would_and_keeps_nothing(project, tmp_path):
+    settings, _ = project
+    pairs = ct_pairs(tmp_path / "pairs", 12)
+    (pairs / "lab" / "s03.nii.gz").unlink()
+    lacking = settings.model_copy(update={"archive": str(pairs), "lake": str(tmp_path / "lake")})
+    (problem,) = pipeline.check(lacking, data=True)
+    assert "12 images but 11 labels: none for img/s03.nii.gz" in problem
+    two = lacking.model_copy(update={"classes": ("background", "liver")})
+    (pairs / "img" / "s03.nii.gz").unlink()
+    (problem,) = pipeline.check(two, data=True)
+    assert "11 labels do not fit classes" in problem
+    assert pipeline.check(lacking, data=True) == []
+    lone = lacking.model_copy(update={"volumes": lacking.volumes.model_copy(update={"images": "img/s01.nii.gz"})})
+    assert pipeline.check(lone, data=True) != []
+    assert not storage.exists(storage.join(lacking.lake, "volumes"))
+    wrong = lacking.model_copy(update={"train": settings.train.model_copy(update={"network": config.Component(name="UNett")})})
+    (problem,) = pipeline.check(wrong)
+    assert "UNet" in problem

@@ -53,9 +53,19 @@ def slots(spark: SparkSession, wanted: int, patience: float = 60.0) -> int:
         time.sleep(0.5)
 
 
-def require_shared(spark: SparkSession, url: str, tasks: int):
-    """Raise :class:`InputError` unless tasks on the executors see the folder ``url`` as the driver does, and can write to it."""
+_shared: set[tuple[str, str]] = set()
+
+
+def require_shared(spark: SparkSession, url: str):
+    """Raise :class:`InputError` unless executors see the folder ``url`` as the driver does, and the driver what they write there.
+
+    Asked once per application and folder; not asked of local Spark.
+    """
+    asked = (spark.sparkContext.applicationId, url)
+    if spark.sparkContext._jsc.sc().isLocal() or asked in _shared:
+        return
     token = storage.join(url, f".seen-{uuid.uuid4().hex}")
+    tasks = max(2, slots(spark, 1))
     storage.write_bytes(token, b"driver")
 
     def probe(index):
@@ -81,6 +91,7 @@ def require_shared(spark: SparkSession, url: str, tasks: int):
         raise InputError(
             f"{url} is not shared with the executors ({'; '.join(problems)}): use a folder that all nodes mount, hdfs:// or s3://"
         )
+    _shared.add(asked)
 
 
 def packed(items: list, weights: list[float], parts: int) -> list[list]:

@@ -27,6 +27,7 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     table, refusals = tables.volumes(config.lake), tables.quarantine(config.lake)
     inputs = digest(
         tables.catalog(config.lake).committed(catalog.STAGE),
+        cohort.label_table(config),
         config.volumes,
         config.identity,
         config.classes,
