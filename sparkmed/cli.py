@@ -28,14 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quieten()
-    from sparkmed.pipeline import StageFailed  # engines are imported when a verb is run, not to print the help
+    from sparkmed.pipeline import StageFailed, TrainingError  # engines are imported when a verb is run, not to print the help
 
     try:
         return _act(options)
     except InputError as e:
         print(f"sparkmed: {e}", file=sys.stderr)
         return 2
-    except StageFailed as e:
+    except (StageFailed, TrainingError) as e:
         print(f"sparkmed: {options.verb} failed: {e}", file=sys.stderr)
         return 1
 

@@ -234,7 +234,7 @@ class Train(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 12.0
     """Largest gradient norm."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per step of the moving average of the weights that is validated and kept as the model; 0 keeps the weights themselves."""
+    """Decay per step of the moving average of the weights, which is validated and kept as the model; 0: the weights themselves."""
     augment: Augment = Augment()
     initial_weights: str | None = None
     """URL of safetensors weights to start from (transfer learning); layers of another shape keep their initial values."""

@@ -54,7 +54,7 @@ train:
   epochs: 12
   warmup_epochs: 2
   patience: null
-  augment: {{noise: 0.02, rotate: 10, scale: 0.1}}
+  augment: {{noise: 0.02}}
 promote: {{minimum: 0.5}}
 score: {{overlap: 0.25}}
 spark: {{master: "local[2]"}}

@@ -25,7 +25,9 @@ from sparkmed.spark import score as spark_score
 from sparkmed.spark import session as spark_session
 from sparkmed.spark import volumes as spark_volumes
 from sparkmed.training import comm, launch
+from sparkmed.training.loop import TrainingError
 
+__all__ = ["STAGES", "StageFailed", "TrainingError", "check", "rollback", "run", "run_stage"]
 log = logging.getLogger("sparkmed")
 
 
@@ -201,7 +203,10 @@ def score(config: Config) -> dict:
             r["mask"] = paths[r["volume"]] if config.task == "segmentation" else None
         done += _commit_once(ledger, rows)
         of_source = {u: k for k, r in batch.items() for u in r["sources"]}
-        refusals = [spark_catalog.quarantine_row(r, _lineage(config, config.score), key=of_source[r.uri]) for r in rejections]
+        refusals = []
+        for r in rejections:
+            parked = None if r.reason == spark_score.FAILED else of_source[r.uri]
+            refusals.append(spark_catalog.quarantine_row(r, _lineage(config, config.score), key=parked))
         quarantine.commit([quarantine.write(refusals)] if refusals else [])
         refused += len(batch) - len(rows)
     _require_few(refused, len(todo), config.score.max_refused, "score.max_refused", "volumes")

@@ -16,6 +16,7 @@ SENTENCES = {
     "BROKEN_FILE": "The file could not be parsed, and nothing better is known about it.",
     "EMPTY": "The file has no bytes.",
     "UNREADABLE": "The file could not be opened or read.",
+    "FAILED": "Scoring broke off for a reason that may pass; it is tried again.",
     "CHANGED": "The file changed after the catalog read it.",
     # single files
     "ALPHA": "The picture has an alpha channel that is not constant.",

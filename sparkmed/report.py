@@ -337,7 +337,7 @@ def _decisions(config: Config) -> list[dict[str, Any]]:
             "challenger": r["challenger"],
             "champion": r["champion"],
             "reason": r["reason"],
-            "numbers": {k.replace("_", " "): v for k, v in json.loads(r["numbers"] or "{}").items()},
+            "numbers": {k.replace("_", " "): v for k, v in json.loads(r["numbers"] or "{}").items() if isinstance(v, int | float)},
         }
         for r in rows
     ]

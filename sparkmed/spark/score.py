@@ -11,6 +11,8 @@ from sparkmed.rejection import Refused, Rejection
 from sparkmed.spark.session import packed
 
 STAGE = "score"
+FAILED = "FAILED"
+"""Reason of a failure that may pass, such as a full disk; every other reason is about the volume and stays."""
 _loaded: dict[str, Model] = {}
 
 
@@ -29,6 +31,9 @@ def predict(
                 yield scoring.score(model, row, masks[row["uid"]] if masks else None), None
             except Refused as e:
                 yield None, [e.at(uri, STAGE) for uri in row["sources"]]
+            except (RuntimeError, ValueError, OSError, MemoryError) as e:  # one volume must not end the night
+                message = f"{type(e).__name__} while it was scored; it is tried again next time"
+                yield None, [Rejection(uri, STAGE, FAILED, message) for uri in row["sources"]]
 
     outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).flatMap(run).collect()
     return [p for p, _ in outcomes if p], [r for _, refused in outcomes if refused for r in refused]
