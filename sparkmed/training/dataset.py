@@ -11,23 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparkmed import storage
+from sparkmed.dataset import DESCRIPTION, Field
 from sparkmed.rejection import InputError
-
-SCHEMA = "_dataset.json"
 
 
 class DatasetError(InputError):
     """The dataset on disk is not what its index says; the message names the file."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """A column. ``codec`` ndarray: each value is what ``numpy.save`` writes of such an array; scalar: a number or a str."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...] = ()
-    codec: str = "scalar"
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,9 @@ class PatchDataset:
             for path in sorted(wanted - set(files)):
                 raise DatasetError(f"dataset {self.url}: {path} is missing")
             for path in sorted(set(files) - wanted):
-                raise DatasetError(f"dataset {self.url}: {path} is not in {SCHEMA}: it was added after the dataset was finished")
+                raise DatasetError(
+                    f"dataset {self.url}: {path} is not in {DESCRIPTION}: it was added after the dataset was finished"
+                )
         if not files:
             of_split = f" of split {self.split}; splits: {', '.join(self.meta.get('counts', {})) or 'none'}" if self.split else ""
             raise DatasetError(f"dataset {self.url}: no Parquet file{of_split}")
@@ -101,7 +92,7 @@ class PatchDataset:
         wanted = counts.get(self.split, 0) if self.split is not None else sum(counts.values())
         if wanted != self.rows:
             found = ", ".join(f"{path} {sum(n for n, _ in groups)}" for path, groups in list(self._groups.items())[:20])
-            raise DatasetError(f"dataset {self.url}: {self.rows} patches, {SCHEMA} says {wanted}; rows by file: {found}")
+            raise DatasetError(f"dataset {self.url}: {self.rows} patches, {DESCRIPTION} says {wanted}; rows by file: {found}")
 
     def _open(self, path: str) -> pq.ParquetFile:
         url = storage.join(self.url, path)
@@ -157,19 +148,19 @@ class Payloads:
 
 def _read_meta(url: str) -> dict:
     try:
-        meta = storage.read_json(storage.join(url, SCHEMA))
+        meta = storage.read_json(storage.join(url, DESCRIPTION))
     except FileNotFoundError:
         raise DatasetError(
-            f"dataset {url}: no {SCHEMA}, so it is unfinished or was not written by sparkmed; to vouch for it, write one that "
+            f"dataset {url}: no {DESCRIPTION}, so it is unfinished or was not written by sparkmed; to vouch for it, write one that "
             "lists its fields (name, dtype, shape, codec) and the patches per split"
         ) from None
     except ValueError as e:
-        raise DatasetError(f"dataset {url}: {SCHEMA} is not JSON: {_line(e)}") from None
+        raise DatasetError(f"dataset {url}: {DESCRIPTION} is not JSON: {_line(e)}") from None
     found = meta.get("format_version") if isinstance(meta, dict) else None
     if found != 1:
-        raise DatasetError(f"dataset {url}: {SCHEMA} has format_version {found!r}, wanted 1")
+        raise DatasetError(f"dataset {url}: {DESCRIPTION} has format_version {found!r}, wanted 1")
     if not {"patch_id", "image"} <= {f["name"] for f in meta.get("fields", ())}:
-        raise DatasetError(f"dataset {url}: {SCHEMA} lists no field patch_id or image")
+        raise DatasetError(f"dataset {url}: {DESCRIPTION} lists no field patch_id or image")
     return meta
 
 
