@@ -34,9 +34,6 @@ class Comm(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """The picklable values of all ranks in rank order, on every rank."""
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-
     def close(self) -> None:
         """Leave the group; ranks that still wait for this one get an error instead of waiting on."""
 
@@ -57,9 +54,6 @@ class LocalComm:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
-
-    def barrier(self) -> None:
-        pass
 
     def close(self) -> None:
         pass
@@ -91,9 +85,6 @@ class HorovodComm:
 
     def gather(self, value: Any) -> list[Any]:
         return self._hvd.allgather_object(value, name="objects")
-
-    def barrier(self) -> None:
-        self._hvd.barrier()
 
     def close(self) -> None:
         self._hvd.shutdown()
