@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quieten()
-    from sparkmed.pipeline import StageFailed, TrainingError  # engines are imported when a verb is run, not to print the help
+    from sparkmed.pipeline import StageFailed  # engines are imported when a verb is run, not to print the help
+    from sparkmed.training.loop import TrainingError
 
     try:
         return _act(options)

@@ -25,9 +25,7 @@ from sparkmed.spark import score as spark_score
 from sparkmed.spark import session as spark_session
 from sparkmed.spark import volumes as spark_volumes
 from sparkmed.training import comm, launch
-from sparkmed.training.loop import TrainingError
 
-__all__ = ["STAGES", "StageFailed", "TrainingError", "check", "rollback", "run", "run_stage"]
 log = logging.getLogger("sparkmed")
 
 

@@ -10,7 +10,7 @@ from sparkmed import tables
 
 pytestmark = pytest.mark.engine
 JOBS = pathlib.Path(__file__).parents[1] / "jobs"
-STAGES = ("catalog", "volumes", "patches", "train", "promote", "score")
+STAGES = ("catalog", "volumes", "patches", "train", "promote", "score", "report")
 
 
 @pytest.fixture(scope="module")
