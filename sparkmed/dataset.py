@@ -21,7 +21,7 @@ from sparkmed.config import Config, digest
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging import labels, patches, preprocess
 from sparkmed.imaging.volume import Volume
-from sparkmed.rejection import InputError, Refused, Rejection
+from sparkmed.rejection import InputError, Refused
 
 DESCRIPTION = "_dataset.json"
 """Written last: a folder without it is not a dataset."""
@@ -59,7 +59,8 @@ class Written:
     bytes: int
     shortfall: dict[int, int]
     """Patches per class that were asked for and centred on another class instead."""
-    rejections: list[Rejection]
+    refused: dict[str, Refused]
+    """Volumes that could not be cut, by uid, and why."""
 
 
 def fields(config: Config, channels: int) -> list[Field]:
@@ -163,12 +164,12 @@ def read_label(row: dict, image: Volume) -> Volume:
 
 def write(plan: FilePlan, config: Config, channels: int, dataset_url: str) -> Written:
     """Cut the volumes of one file and write it: rows in the order of a hash, row groups as planned, the same bytes every time."""
-    rows, shortfall, rejections = [], Counter(), []
+    rows, shortfall, refused = [], Counter(), {}
     for volume in plan.volumes:
         try:
             found, short = cut(volume, config)
         except Refused as e:
-            rejections += [e.at(uri, STAGE) for uri in volume["sources"]]
+            refused[volume["uid"]] = e
             continue
         shortfall.update(short)
         rows += [_encoded(r) for r in found]
@@ -183,7 +184,7 @@ def write(plan: FilePlan, config: Config, channels: int, dataset_url: str) -> Wr
             out.write_table(group, row_group_size=plan.rows_per_group)
     if rows:
         storage.write_bytes(storage.join(dataset_url, plan.path), buffer.getvalue())
-    return Written(plan.path, plan.split, len(rows), buffer.tell(), dict(shortfall), rejections)
+    return Written(plan.path, plan.split, len(rows), buffer.tell(), dict(shortfall), refused)
 
 
 def arrow_schema(columns: Sequence[Field]) -> pa.Schema:
@@ -209,7 +210,7 @@ def description(config: Config, rows: Sequence[dict], written: Sequence[Written]
         "counts": dict(counts),
         "subjects": subjects,
         "shortfall": dict(shortfall),
-        "refused_volumes": len({u for w in written for u in (r.uri for r in w.rejections)}),
+        "refused": {uid: [e.reason, e.message] for w in written for uid, e in sorted(w.refused.items())},
         "files": {w.path: w.rows for w in sorted(written, key=lambda w: w.path) if w.rows},
         "fields": [f.__dict__ | {"shape": list(f.shape)} for f in fields(config, channels(rows, config))],
         **lineage,

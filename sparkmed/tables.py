@@ -57,7 +57,7 @@ QUARANTINE = pa.schema(
         ("stage", pa.string()),
         ("reason", pa.string()),
         ("message", pa.string()),
-        ("key", pa.string()),  # of the prediction that was refused (score)
+        ("key", pa.string()),  # what was refused: a prediction (score), a volume of a dataset (patches)
         ("refused_at", _TIME),
         *_LINEAGE,
     ]

@@ -83,9 +83,7 @@ class Registry:
                 mlflow.log_params(dict(list(flat.items())[start : start + 100]))
             local = storage.local_path(dataset["url"]) is not None
             where = LocalArtifactDatasetSource(dataset["url"]) if local else resolve_dataset_source(dataset["url"])
-            source = MetaDataset(
-                where, f"{dataset['name']}-{dataset['version']}", dataset["digest"]
-            )
+            source = MetaDataset(where, f"{dataset['name']}-{dataset['version']}", dataset["digest"])
             mlflow.log_input(source, context="training")
             mlflow.log_dict(dict(dataset), "dataset.json")
             yield run

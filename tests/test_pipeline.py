@@ -94,7 +94,7 @@ def test_the_dataset_is_the_same_bytes_whatever_the_partitions(project, spark, t
     settings, done = project
     rows = tables.volumes(settings.lake).rows()
     elsewhere = settings.model_copy(update={"lake": str(tmp_path)})
-    url, _ = patches.write(spark, list(reversed(rows)), elsewhere, {})
+    url = patches.write(spark, list(reversed(rows)), elsewhere, {})
     for path in dataset.describe(url)["files"]:
         assert storage.read_bytes(storage.join(url, path)) == storage.read_bytes(storage.join(done["patches"]["dataset"], path))
 

@@ -213,7 +213,7 @@ def segmented(tmp_path_factory):
     ]
     fill(settings, rows, scored, evaluated, url)
     target = dataset.url(settings.lake, "phantom", dataset.version(rows, settings))
-    facts = {"version": "abc123", "counts": {"train": 16, "val": 2, "test": 8}, "shortfall": {"kidneys": 3}, "refused_volumes": 0}
+    facts = {"version": "abc123", "counts": {"train": 16, "val": 2, "test": 8}, "shortfall": {"kidneys": 3}, "refused": {}}
     storage.write_json(storage.join(target, dataset.DESCRIPTION), facts)
     return settings, Registry(url), rows
 

@@ -288,9 +288,7 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         raise Refused("BAD_TYPE", f"the high bit is {h.integer('HighBit')}, wanted {stored - 1} for {stored} bits stored")
     photometric = h.text("PhotometricInterpretation")
     _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
-    spacing = (
-        h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
-    )
+    spacing = h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
     header = {
         "study": study,
         "number": h.integer("InstanceNumber"),

@@ -13,17 +13,17 @@ from pyspark.sql.types import LongType, StringType
 
 from sparkmed import dataset, storage
 from sparkmed.config import Config
-from sparkmed.rejection import InputError, Rejection
+from sparkmed.rejection import InputError
 
 
-def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: dict) -> tuple[str, list[Rejection]]:
-    """The URL of the dataset of these volumes, written now unless it is there already, and the volumes refused on the way.
+def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: dict) -> str:
+    """The URL of the dataset of these volumes, written now unless it is there already; its description names refused volumes.
 
     It is written beside its place and moved there when Petastorm's metadata and the description are complete.
     """
     url = dataset.url(config.lake, config.name, dataset.version(rows, config))
     if storage.exists(storage.join(url, dataset.DESCRIPTION)):
-        return url, []
+        return url
     unfinished = f"{url}.writing-{uuid.uuid4().hex[:8]}"
     storage.makedirs(unfinished)
     plans, channels = dataset.plan(rows, config), dataset.channels(rows, config)
@@ -33,15 +33,14 @@ def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: di
         ):
             tasks = spark.sparkContext.parallelize(plans, len(plans))
             written = tasks.map(lambda p: dataset.write(p, config, channels, unfinished)).collect()
-            rejections = [r for w in written for r in w.rejections]
-            _require_patches(written, rejections)
+            _require_patches(written)
         storage.write_json(storage.join(unfinished, dataset.DESCRIPTION), dataset.description(config, rows, written, lineage))
         _publish(unfinished, url)
     except BaseException:
         if storage.exists(unfinished):
             storage.remove(unfinished, recursive=True)
         raise
-    return url, rejections
+    return url
 
 
 def unischema(config: Config, channels: int) -> Unischema:
@@ -57,11 +56,11 @@ def unischema(config: Config, channels: int) -> Unischema:
     return Unischema("Patches", columns)
 
 
-def _require_patches(written: Sequence[dataset.Written], rejections: list[Rejection]):
+def _require_patches(written: Sequence[dataset.Written]):
     empty = {w.split for w in written} - {w.split for w in written if w.rows}
     if empty:
-        first = f", such as {rejections[0].reason} at {rejections[0].uri}" if rejections else ""
-        raise InputError(f"split {' and '.join(sorted(empty))} has no patch: every volume was refused{first}")
+        reasons = [f"{e.reason}, {e.message}" for w in written for e in w.refused.values()]
+        raise InputError(f"split {' and '.join(sorted(empty))} has no patch: every volume was refused ({reasons[0]})")
 
 
 def _publish(unfinished: str, url: str):

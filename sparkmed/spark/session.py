@@ -22,6 +22,8 @@ def session(settings: Spark, name: str) -> SparkSession:
     builder = SparkSession.builder.appName(name)
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit has chosen the master
     if not submitted:
+        if settings.master.startswith("local"):
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         local = settings.master.startswith("local")
         defaults = (
             {
