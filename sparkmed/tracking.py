@@ -90,10 +90,7 @@ class Registry:
 
     def trained(self, training: str) -> str | None:
         """The registered version that came out of the training with this digest, None if there is none."""
-        try:
-            found = self.client.search_model_versions(f"name='{self.model}'")
-        except MlflowException:
-            return None
+        found = self.client.search_model_versions(f"name='{self.model}'")
         versions = [v.version for v in found if v.tags.get("sparkmed.training") == training]
         return max(versions, key=int) if versions else None
 
@@ -101,8 +98,10 @@ class Registry:
         """The version that the champion alias names, None without one."""
         try:
             return str(self.client.get_model_version_by_alias(self.model, CHAMPION).version)
-        except MlflowException:
-            return None
+        except MlflowException as e:
+            if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model, no such alias
+                return None
+            raise  # a store that does not answer is no proof that there is no champion
 
     def latest(self) -> str | None:
         """The version registered last, None without any."""

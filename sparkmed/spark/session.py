@@ -11,6 +11,14 @@ from sparkmed import storage
 from sparkmed.config import Spark
 from sparkmed.rejection import InputError
 
+LOCAL = {
+    "spark.driver.host": "127.0.0.1",
+    "spark.sql.shuffle.partitions": "8",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
+"""What local Spark gets unless the config says otherwise."""
+
 
 def session(settings: Spark, name: str) -> SparkSession:
     """The active session of spark-submit or a notebook; without one, a new one on ``settings.master``."""
@@ -20,23 +28,12 @@ def session(settings: Spark, name: str) -> SparkSession:
     if active is not None:
         return active
     builder = SparkSession.builder.appName(name)
-    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit has chosen the master
-    if not submitted:
-        if settings.master.startswith("local"):
-            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # else spark-submit has chosen the master and everything about it
         local = settings.master.startswith("local")
-        defaults = (
-            {
-                "spark.sql.shuffle.partitions": "8",
-                "spark.ui.enabled": "false",
-                "spark.driver.host": "127.0.0.1",
-                "spark.ui.showConsoleProgress": "false",
-            }
-            if local
-            else {}
-        )
+        if local:
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         builder = builder.master(settings.master)
-        for key, value in {**defaults, **settings.conf}.items():
+        for key, value in {**(LOCAL if local else {}), **settings.conf}.items():
             builder = builder.config(key, value)
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
