@@ -233,6 +233,10 @@ class Train(Section):
     """Epochs without a better validation metric before stopping; None never stops early."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 12.0
     """Largest gradient norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16`` trains under autocast, on GPUs and on CPUs that have it; weights, validation and scoring stay float32."""
+    channels_last: bool = False
+    """True keeps channels innermost in memory, faster for many convolutions; the numbers stay the same but for rounding."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per step of the moving average of the weights, which is validated and kept as the model; 0: the weights themselves."""
     augment: Augment = Augment()

@@ -57,6 +57,7 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
     state.restore(comm.broadcast(_saved(folder_url, identity) if comm.rank == 0 else None))
     network, optimizer, loss_of = state.network, state.optimizer, losses.build(train.loss, config.task)
     parameters = [p for p in network.parameters() if p.requires_grad]
+    layout = torch.channels_last_3d if train.channels_last else torch.contiguous_format
 
     while (stopped := comm.broadcast(_stop(config, state.history))) is None:
         epoch, began = len(state.history), time.perf_counter()
@@ -70,7 +71,9 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
             batch = _real(batch, device)
             if ids := batch["patch_id"]:  # the last global batch may hold nothing for this rank
                 image, label = augment(batch["image"], batch.get("label"), ids, train.augment, config.seed, epoch)
-                values = loss_of(network(image), batch["target"] if label is None else label)
+                with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+                    output = network(image.contiguous(memory_format=layout))
+                values = loss_of(_in_full(output), batch["target"] if label is None else label)
                 _check_finite(values, ids, epoch, step)
                 (values.sum() / batch["total"]).backward()  # summed over ranks: the gradient of the mean over the global batch
                 loss_sum, samples = loss_sum + values.sum().item(), samples + len(ids)
@@ -161,6 +164,11 @@ def _real(batch: dict, device: torch.device) -> dict:
     """The batch on ``device`` without its padding."""
     n = int(batch["weight"].sum())
     return {k: v if k == "total" else v[:n].to(device) if isinstance(v, Tensor) else v[:n] for k, v in batch.items()}
+
+
+def _in_full(output):
+    """float32 of what a network gives: a tensor, or several with deep supervision."""
+    return output.float() if isinstance(output, Tensor) else [o.float() for o in output]
 
 
 def _fill_missing_gradients(parameters: list[nn.Parameter]) -> None:

@@ -34,6 +34,8 @@ class State:
         networks.check(network, config.train.network.name, size, len(config.classes), config.task)
         if config.train.initial_weights is not None:
             _start_from(network, config.train.initial_weights)
+        if config.train.channels_last:
+            network.to(memory_format=torch.channels_last_3d if networks.spatial_dims(size[1:]) == 3 else torch.channels_last)
         network.to(device)
         averaged = copy.deepcopy(network).requires_grad_(False) if config.train.ema else network
         return cls(network, averaged, _optimizer(config, network))
