@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quieten()
     from sparkmed.pipeline import StageFailed  # engines are imported when a verb is run, not to print the help
+    from sparkmed.tables import Conflict
     from sparkmed.training.loop import TrainingError
 
     try:
@@ -38,6 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (StageFailed, TrainingError) as e:
         print(f"sparkmed: {options.verb} failed: {e}", file=sys.stderr)
+        return 1
+    except Conflict as e:
+        print(
+            f"sparkmed: {options.verb} stopped: another run is at work on this lake ({e}); nothing is lost, run it again",
+            file=sys.stderr,
+        )
         return 1
 
 

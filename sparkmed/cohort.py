@@ -116,7 +116,7 @@ def _member(header: VolumeHeader, named: dict, labels: dict[str, VolumeHeader], 
     else:
         whole = header.source_paths[0]
         subject = storage.component(whole) if key is None else splits.pseudonym(whole, key)
-    entry = _entry(table, header, raw, subject) if table is not None else None
+    entry = _entry(table, header, raw, subject, key) if table is not None else None
     label = target = None
     if config.task == "segmentation":
         if settings.labels.pattern and raw is not None:
@@ -140,8 +140,16 @@ def _class_index(name: str, config: Config) -> int:
     raise InputError(f"class {name!r} of the archive is not in classes {list(config.classes)}")
 
 
-def _entry(table: list[dict], header: VolumeHeader, raw: str | None, subject: str) -> dict | None:
-    rows = [r for r in table if r.get("path") in header.source_paths or (r.get("subject") and r["subject"] in (raw, subject))]
+def _entry(table: list[dict], header: VolumeHeader, raw: str | None, subject: str, key: bytes | None) -> dict | None:
+    """The row of the label CSV that names this image, by path or by subject (as in the path, the header, or a pseudonym)."""
+
+    def names(r):
+        who = r.get("subject")
+        return r.get("path") in header.source_paths or (
+            who is not None and (who in (raw, subject) or (key is not None and splits.pseudonym(who, key) == subject))
+        )
+
+    rows = [r for r in table if names(r)]
     if len({tuple(sorted(r.items())) for r in rows}) > 1:
         raise Refused("TWO_LABELS", f"{len(rows)} rows of the label CSV name this image")
     return rows[0] if rows else None

@@ -347,27 +347,31 @@ class Config(Section):
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of the canonical JSON of sections and plain values, in hex.
+    """SHA-256 of the canonical JSON of sections and plain values, in hex; a key that has its default does not count, so that a
+    new key leaves old digests alone.
 
     >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
     True
     """
-    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    plain = [p.model_dump(mode="json", exclude_defaults=True) if isinstance(p, BaseModel) else p for p in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load(path: str, overrides: typing.Sequence[str] = ()) -> Config:
     """The config in a YAML file, with ``key.sub=value`` overrides applied; an :class:`InputError` says what is wrong."""
     try:
-        text = pathlib.Path(path).read_text()
+        text = pathlib.Path(path).read_text("utf-8")
     except OSError as e:
         raise InputError(f"config {path}: {e.strerror or e}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"config {path}: not a text in UTF-8") from None
     try:
         data = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as e:
         raise InputError(f"config {path}: not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(data, dict):
         raise InputError(f"config {path}: wanted a mapping of keys, got {type(data).__name__}")
+    data = {k: v for k, v in data.items() if v is not None}  # a section without keys
     for override in overrides:
         _override(data, override)
     return parse(data, path)

@@ -5,7 +5,6 @@ A verb returns a dictionary of what it did; :func:`run` does all of them.
 
 import datetime
 import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -18,14 +17,16 @@ from collections.abc import Callable
 import sparkmed
 from sparkmed import dataset, identity, report, scoring, storage, tables, tracking
 from sparkmed.config import Config, digest
-from sparkmed.learning import losses, metrics, networks
+from sparkmed.imaging import paths
+from sparkmed.learning import metrics
+from sparkmed.learning.model import ModelSpec
 from sparkmed.rejection import InputError, Rejection
 from sparkmed.spark import catalog as spark_catalog
 from sparkmed.spark import patches as spark_patches
 from sparkmed.spark import score as spark_score
 from sparkmed.spark import session as spark_session
 from sparkmed.spark import volumes as spark_volumes
-from sparkmed.training import comm, launch
+from sparkmed.training import launch
 
 log = logging.getLogger("sparkmed")
 
@@ -39,7 +40,18 @@ def catalog(config: Config) -> dict:
     key, origin = _key(config)
     if origin.endswith("subject.key"):
         log.info("subjects are pseudonyms under the key %s: keep it, and keep it secret", origin)
+    _claim_lake(config)
     return _catalog(config, key)
+
+
+def _claim_lake(config: Config):
+    """A lake is of one project: two would take each other's files for deleted."""
+    where = storage.join(config.lake, "project.json")
+    owner = storage.read_json(where)["name"] if storage.exists(where) else None
+    if owner is None:
+        storage.write_json(where, {"name": config.name})
+    elif owner != config.name:
+        raise InputError(f"lake {config.lake} is of project {owner}, the config is of {config.name}: give each its own lake")
 
 
 def volumes(config: Config) -> dict:
@@ -97,8 +109,9 @@ def train(config: Config) -> dict:
     rows = _labelled(config)
     url = dataset.url(config.lake, config.name, dataset.version(rows, config))
     facts = dataset.describe(url)
-    how = config.train.model_dump(mode="json", exclude={"threads", "device", "keep_checkpoints", "start_timeout"})
-    training = digest(facts["digest"], how, config.preprocess, config.patches.size, config.score, config.seed)[:16]
+    elsewhere = {"threads", "device", "keep_checkpoints", "start_timeout"}  # where and how long, not what
+    how = config.train.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
+    training = digest(facts["digest"], how, config.score.overlap, config.score.blending)[:16]
     registry = tracking.of(config)
     registry.check()
     done = registry.trained(training)
@@ -119,7 +132,7 @@ def train(config: Config) -> dict:
         with _following(folder, run):
             result = launch.run(config, url, folder, slots, python)
         minutes = (time.monotonic() - started) / 60
-        test = [r for r in rows if r["split"] == "test"]
+        test = [r for r in rows if r["split"] == "test" and r["uid"] not in facts["refused"]]
         scored = evaluate(config, result["model"], test)
         figures = test_figures(config, scored)
         run.metrics({**figures, "train_minutes": minutes})
@@ -135,11 +148,13 @@ def train(config: Config) -> dict:
 def promote(config: Config) -> dict:
     """Give the newest version the champion alias if it passes the gate on the present test split; the decision is kept."""
     registry = tracking.of(config)
+    registry.check()
     challenger, champion = registry.latest(), registry.champion()
     if challenger is None:
         raise InputError(f"no version of model {registry.model} is registered: run the train stage first")
     if challenger == champion:
         return {"champion": champion, "action": "kept", "reason": "the newest version is the champion already"}
+    _require_same_classes(config, registry, challenger, champion)
     test = [r for r in _labelled(config) if r["split"] == "test"]
     decided = _decision(config, registry, challenger, champion, test)
     if decided:
@@ -152,6 +167,8 @@ def promote(config: Config) -> dict:
     if passes and champion is not None:
         theirs = _subject_scores(config, registry, champion, test)
         shared = sorted(set(ours) & set(theirs))
+        if not shared:
+            raise StageFailed(f"versions {challenger} and {champion} have no test subject in common: they cannot be compared")
         a, b = [ours[s] for s in shared], [theirs[s] for s in shared]
         gate = config.promote
         difference, low, high = metrics.paired_bootstrap(a, b, gate.confidence, gate.resamples, config.seed)
@@ -181,9 +198,11 @@ def rollback(config: Config) -> dict:
 def score(config: Config) -> dict:
     """Predict with the champion every volume that it has not scored under these settings."""
     registry = tracking.of(config)
+    registry.check()
     version = registry.champion()
     if version is None:
         raise InputError(f"model {registry.model} has no champion: run the promote stage first")
+    _require_same_classes(config, registry, version)
     model_url = registry.fetch(version, config.lake)
     model_digest, settings = _model_digest(model_url), digest(config.score.overlap, config.score.blending)[:16]
     ledger = tables.predictions(config.lake)
@@ -197,9 +216,9 @@ def score(config: Config) -> dict:
     spark = _spark(config) if todo else None
     for start in range(0, len(todo), config.score.commit_every):
         batch = {k: keys[k] for k in todo[start : start + config.score.commit_every]}
-        paths = {r["uid"]: scoring.mask_path(registry.model, version, r["subject"], r["uid"]) for r in batch.values()}
+        paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
         masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()}
-        rows, rejections = spark_score.predict(spark, list(batch.values()), model_url, config.train.device, masks)
+        rows, rejections = spark_score.predict(spark, list(batch.values()), model_url, config.train.device, masks, config.score)
         lineage = _lineage(config, config.score) | {
             "model_name": registry.model,
             "model_version": version,
@@ -208,21 +227,25 @@ def score(config: Config) -> dict:
         for r in rows:
             r |= lineage | {"key": scoring.key(r["volume"], model_digest, settings)}
             r["mask"] = paths[r["volume"]] if config.task == "segmentation" else None
-        done += _commit_once(ledger, rows)
+        done += _commit_once(ledger, rows, "score")
         of_source = {u: k for k, r in batch.items() for u in r["sources"]}
         refusals = []
         for r in rejections:
-            parked = None if r.reason == spark_score.FAILED else of_source[r.uri]
-            refusals.append(spark_catalog.quarantine_row(r, _lineage(config, config.score), key=parked))
+            stays = None if r.reason in spark_score.PASSING else of_source[r.uri]
+            refusals.append(spark_catalog.quarantine_row(r, _lineage(config, config.score), key=stays))
         quarantine.commit([quarantine.write(refusals)] if refusals else [])
         refused += len(batch) - len(rows)
-    _require_few(refused, len(todo), config.score.max_refused, "score.max_refused", "volumes")
-    return {"version": version, "scored": done, "before": len(set(keys) & scored), "refused": refused}
+    left_out = len(set(keys) & parked - scored)
+    _require_few(refused + left_out, len(keys), config.score.max_refused, "score.max_refused", "volumes")
+    return {"version": version, "scored": done, "before": len(set(keys) & scored), "refused": refused, "parked": left_out}
 
 
 def make_report(config: Config) -> dict:
     """One HTML page about all of the above."""
-    url = report.write(config, tracking.of(config))
+    registry = tracking.of(config)
+    registry.check()
+    _require_same_classes(config, registry, registry.latest(), registry.champion())
+    url = report.write(config, registry)
     return {"report": url}
 
 
@@ -265,7 +288,7 @@ def check(config: Config, data: bool = False) -> list[str]:
         except (InputError, StageFailed) as e:
             problems.append(str(e))
 
-    for step in (_archive_is_there, _key, lambda c: tracking.of(c).check(), _network_builds, _slots):
+    for step in (_archive_is_there, _patterns, _key, lambda c: tracking.of(c).check(), launch.check, _slots):
         attempt(lambda step=step: step(config))
     if data and not problems:
         attempt(lambda: _rehearse(config))
@@ -304,14 +327,14 @@ def _archive_is_there(config: Config):
         raise InputError(f"archive {config.archive} holds no file")
 
 
-def _network_builds(config: Config):
-    """The names in ``train`` exist and take their arguments; Horovod is there when it is wanted."""
-    train, classes = config.train, len(config.classes)
-    networks.build(train.network, 1, classes, networks.spatial_dims(config.patches.size))
-    losses.build(train.loss, config.task)
-    metrics.build(train.metric, config.task, classes)
-    if train.processes > 1 and importlib.util.find_spec("horovod") is None:
-        raise InputError(comm.MISSING_HOROVOD)
+def _patterns(config: Config):
+    images, labels = config.volumes.images, config.volumes.labels.pattern
+    for pattern in [
+        *([images] if isinstance(images, str) else images or []),
+        *([labels] if labels else []),
+        *config.catalog.exclude,
+    ]:
+        paths.PathPattern(pattern)
 
 
 def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:
@@ -329,13 +352,14 @@ def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:
             _require_few(len(todo) - len(scored), len(rows), config.score.max_refused, "score.max_refused", "test volumes")
         by_uid = {r["uid"]: k for k, r in keys.items()}
         fresh = [r | {"key": by_uid[r["volume"]], "model_digest": model_digest, **_lineage(config, config.score)} for r in scored]
-        table.commit([table.write(fresh)])
+        _commit_once(table, fresh, "evaluate")
         known |= {r["key"]: r for r in fresh}
     return sorted(known.values(), key=lambda r: (r["subject"], r["volume"]))
 
 
 def test_figures(config: Config, scored: list[dict]) -> dict[str, float]:
     """Test metrics with a bootstrap interval over subjects: mean Dice per class, or accuracy and area under the ROC curve."""
+    scored = [r for r in scored if r["score"] is not None]
     figures = {"test_subjects": float(len({r["subject"] for r in scored}))}
     overall = scoring.subject_scores(scored)
     name = "test_dice" if config.task == "segmentation" else "test_accuracy"
@@ -370,10 +394,25 @@ def _decision(config: Config, registry, challenger: str, champion: str | None, t
     """The decision that was made about these two versions on this test split under this gate, if one was."""
     wanted = (registry.model, challenger, champion, digest(config.promote)[:16])
     for r in tables.promotions(config.lake).rows():
+        if (r["model_name"], r["action"], r["champion"]) == (registry.model, "rolled back", challenger):
+            return r | {"action": "kept", "reason": f"version {challenger} was rolled back: train another"}
         same = (r["model_name"], r["challenger"], r["champion"], r["config_digest"]) == wanted
         if same and r["action"] == "kept" and json.loads(r["numbers"])["test"] == _test_digest(test):
             return r
     return None
+
+
+def _require_same_classes(config: Config, registry: tracking.Registry, *versions: str | None):
+    """Raise :class:`InputError` unless these versions predict the config's classes, in its order."""
+    for version in versions:
+        if version is None:
+            continue
+        spec = ModelSpec.model_validate(storage.read_json(storage.join(registry.fetch(version, config.lake), "spec.json")))
+        if (spec.task, spec.classes) != (config.task, config.classes):
+            raise InputError(
+                f"version {version} of model {registry.model} predicts {list(spec.classes)} ({spec.task}), the config says "
+                f"{list(config.classes)} ({config.task}): give the new classes a model of their own with tracking.model"
+            )
 
 
 def _test_digest(test: list[dict]) -> str:
@@ -398,16 +437,16 @@ def _decide(config, registry, action: str, challenger: str, champion: str | None
     return {"champion": now, "action": action, "reason": reason}
 
 
-def _commit_once(ledger: tables.Table, rows: list[dict]) -> int:
+def _commit_once(ledger: tables.Table, rows: list[dict], writer: str) -> int:
     """Commit the rows whose keys the ledger does not hold yet; how many. A rival's commit in between is looked at again."""
     while True:
-        number = ledger.committed("score")
+        number = ledger.committed(writer)
         present = set(ledger.read(["key"])["key"].to_pylist())
         new = [r for r in rows if r["key"] not in present]
         if not new:
             return 0
         try:
-            ledger.commit([ledger.write(new)], ("score", number + 1))
+            ledger.commit([ledger.write(new)], (writer, number + 1))
             return len(new)
         except tables.Conflict:
             continue
@@ -493,4 +532,4 @@ def _require_few(refused: int, total: int, most: float, setting: str, what: str)
 
 
 def _rounded(figures: dict[str, float]) -> dict:
-    return {k: round(v, 4) for k, v in figures.items()}
+    return {k: round(v, 4) for k, v in figures.items() if v is not None}

@@ -1,5 +1,6 @@
 """What a model says about one volume, as a row and a mask, and how right it is where the truth is known."""
 
+import contextlib
 import datetime
 import time
 
@@ -11,6 +12,7 @@ from sparkmed.formats import nifti
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging import postprocess
 from sparkmed.learning.model import Model
+from sparkmed.rejection import Refused
 
 
 def key(volume: str, model_digest: str, config_digest: str) -> str:
@@ -45,7 +47,8 @@ def score(model: Model, row: dict, mask_url: str | None = None) -> dict:
         sums = [float(probabilities.array[c][labels.array[0] == c].sum(dtype=np.float64)) for c in range(len(classes))]
         out["probability"] = [s / n if n else None for s, n in zip(sums, counts.tolist(), strict=True)]
         if row["label"]:
-            out["score"] = dice(labels.array[0], dataset.read_label(row, image).array[0], len(classes))
+            with contextlib.suppress(Refused):  # a broken label is no reason to lose the prediction
+                out["score"] = dice(labels.array[0], dataset.read_label(row, image).array[0], len(classes))
     else:
         vector = np.asarray(model.predict(image), np.float64)
         out["probability"] = vector.tolist()
@@ -72,6 +75,8 @@ def subject_scores(rows: list[dict]) -> dict[str, float]:
     """One number per subject from scored rows: mean over its volumes of Dice over foreground classes, or of correctness."""
     per_subject: dict[str, list[float]] = {}
     for r in rows:
+        if r.get("score") is None:
+            continue
         values = r["score"][1:] if len(r["score"]) > 1 else r["score"]
         values = [v for v in values if v is not None]
         if values:
@@ -79,6 +84,6 @@ def subject_scores(rows: list[dict]) -> dict[str, float]:
     return {s: float(np.mean(v)) for s, v in sorted(per_subject.items())}
 
 
-def mask_path(name: str, version: str, subject: str, volume: str) -> str:
+def mask_path(name: str, version: str, settings: str, subject: str, volume: str) -> str:
     """Where the label map of a volume lies below the lake; holds a pseudonym and digests only."""
-    return f"predictions/masks/{storage.component(name)}/{version}/{storage.component(subject)}_{volume}.nii.gz"
+    return f"predictions/masks/{storage.component(name)}/{version}/{settings}/{storage.component(subject)}_{volume}.nii.gz"

@@ -1,6 +1,7 @@
 """The whole path on phantoms, with real Spark and a real MLflow store."""
 
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -227,3 +228,55 @@ def test_check_finds_what_the_stages_would_and_keeps_nothing(project, tmp_path):
     wrong = lacking.model_copy(update={"train": settings.train.model_copy(update={"network": config.Component(name="UNett")})})
     (problem,) = pipeline.check(wrong)
     assert "UNet" in problem
+
+
+def test_a_version_that_was_rolled_back_stays_back(project):
+    settings, _ = project
+    registry = tracking.of(settings)
+    assert registry.champion() == "1" and registry.latest() != "1"
+    open_gate = settings.model_copy(update={"promote": settings.promote.model_copy(update={"margin": -1.0})})
+    assert "was rolled back" in pipeline.promote(open_gate)["reason"]
+    assert registry.champion() == "1"
+
+
+def test_other_classes_are_not_compared_with_the_champion(project):
+    settings, _ = project
+    swapped = settings.model_copy(update={"classes": ("background", "kidneys", "liver")})
+    for stage in (pipeline.promote, pipeline.score, pipeline.make_report):
+        with pytest.raises(InputError, match="predicts .*, the config says"):
+            stage(swapped)
+
+
+def test_what_may_pass_is_tried_again_and_what_is_broken_is_parked(project, tmp_path):
+    settings, _ = project
+    again = settings.model_copy(update={"score": settings.score.model_copy(update={"overlap": 0.25, "max_refused": 1.0})})
+    images = storage.local_path(settings.archive) / "img"
+    images.rename(tmp_path / "away")
+    away = pipeline.score(again)
+    (tmp_path / "away").rename(images)
+    assert away["scored"] == 0 and away["refused"] == len(tables.volumes(settings.lake).rows())
+    assert pipeline.score(again)["scored"] == away["refused"]
+    paths = {r["mask"] for r in tables.predictions(settings.lake).rows()}
+    assert len(paths) == len(tables.predictions(settings.lake).rows()), "other settings write other files"
+
+
+def test_a_lake_is_of_one_project(project):
+    settings, _ = project
+    with pytest.raises(InputError, match="is of project phantom, the config is of other"):
+        pipeline.catalog(settings.model_copy(update={"name": "other"}))
+
+
+@pytest.mark.parametrize(
+    ("train", "sentence"),
+    [
+        ({"network": {"name": "UNet", "channels": [4, 8], "strides": [3], "norm": "instance"}}, "does not take patches|makes"),
+        ({"optimizer": {"name": "Adamm"}}, "Adam"),
+        ({"optimizer": {"name": "AdamW", "lrr": 5}}, "lr"),
+        ({"loss": {"name": "DiceLosss"}}, "DiceLoss"),
+        ({"initial_weights": "none.safetensors"}, "does not exist"),
+    ],
+)
+def test_check_tries_the_network(tmp_path, train, sentence):
+    plain = ct_config(ct_pairs(tmp_path / "pairs", 1), tmp_path / "lake")
+    problems = pipeline.check(config.parse(plain | {"train": plain["train"] | train}))
+    assert len(problems) == 1 and re.search(sentence, problems[0]), problems

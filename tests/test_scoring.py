@@ -36,5 +36,5 @@ def test_the_key_depends_on_all_three():
 
 
 def test_mask_paths_hold_no_path_of_the_archive():
-    path = scoring.mask_path("a model/x", "3", "sub 1", "abc")
-    assert path == "predictions/masks/a%20model%2Fx/3/sub%201_abc.nii.gz"
+    path = scoring.mask_path("a model/x", "3", "5e77", "sub 1", "abc")
+    assert path == "predictions/masks/a%20model%2Fx/3/5e77/sub%201_abc.nii.gz"

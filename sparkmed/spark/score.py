@@ -6,26 +6,36 @@ from collections.abc import Sequence
 from pyspark.sql import SparkSession
 
 from sparkmed import scoring
+from sparkmed.config import Score
 from sparkmed.learning.model import Model
 from sparkmed.rejection import Refused, Rejection
 from sparkmed.spark.session import packed
 
 STAGE = "score"
 FAILED = "FAILED"
-"""Reason of a failure that may pass, such as a full disk; every other reason is about the volume and stays."""
+PASSING = {FAILED, "UNREADABLE", "CHANGED"}
+"""Reasons that may pass, such as a full disk or a folder that is not mounted; every other one is about the volume and stays."""
 _loaded: dict[str, Model] = {}
 
 
 def predict(
-    spark: SparkSession, rows: Sequence[dict], model_url: str, device: str, masks: dict[str, str] | None = None
+    spark: SparkSession,
+    rows: Sequence[dict],
+    model_url: str,
+    device: str,
+    masks: dict[str, str] | None = None,
+    settings: Score | None = None,
 ) -> tuple[list[dict], list[Rejection]]:
-    """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map."""
+    """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map.
+
+    ``settings`` replace those that the model was trained with.
+    """
     if not rows:
         return [], []
     tasks = packed(list(rows), [math.prod(r["shape"]) for r in rows], 3 * spark.sparkContext.defaultParallelism)
 
     def run(volumes):
-        model = _model(model_url, device)
+        model = _model(model_url, device, settings)
         for row in volumes:
             try:
                 yield scoring.score(model, row, masks[row["uid"]] if masks else None), None
@@ -39,9 +49,10 @@ def predict(
     return [p for p, _ in outcomes if p], [r for _, refused in outcomes if refused for r in refused]
 
 
-def _model(url: str, device: str) -> Model:
+def _model(url: str, device: str, settings: Score | None) -> Model:
     """The model at ``url``, loaded once per worker process."""
     if url not in _loaded:
         _loaded.clear()
         _loaded[url] = Model.load(url, device)
-    return _loaded[url]
+    model = _loaded[url]
+    return model if settings is None else Model(model.spec.model_copy(update={"score": settings}), model.network, model.device)

@@ -1,10 +1,13 @@
 """Start the ranks of a training: in this process, or by Horovod as Spark tasks."""
 
+import importlib.util
 import traceback
 
+from sparkmed import storage
 from sparkmed.config import Config
+from sparkmed.learning import losses, metrics, networks
 from sparkmed.rejection import InputError
-from sparkmed.training import comm, loop
+from sparkmed.training import comm, loop, state
 from sparkmed.training.dataset import PatchDataset
 from sparkmed.training.loop import TrainingError
 
@@ -36,6 +39,20 @@ def run(config: Config, dataset_url: str, folder_url: str, slots: int | None = N
     except Exception as e:  # a rank failure is an outcome; what comes here are ranks that never were, or were killed
         raise TrainingError(f"Horovod lost its {ranks} ranks: {type(e).__name__}: {e}") from e
     return _checked(outcomes)
+
+
+def check(config: Config) -> None:
+    """Raises :class:`InputError` for names and arguments in ``train`` that cannot work: the network is built and tried on zeros."""
+    train, classes, size = config.train, len(config.classes), (1, *config.patches.size)
+    network = networks.build(train.network, 1, classes, networks.spatial_dims(config.patches.size))
+    networks.check(network, train.network.name, size, classes, config.task)
+    state.optimizer(config, network)
+    losses.build(train.loss, config.task)
+    metrics.build(train.metric, config.task, classes)
+    if train.initial_weights is not None and not storage.exists(train.initial_weights):
+        raise InputError(f"train.initial_weights {train.initial_weights} does not exist")
+    if train.processes > 1 and importlib.util.find_spec("horovod") is None:
+        raise InputError(comm.MISSING_HOROVOD)
 
 
 def _rank(config: Config, dataset_url: str, folder_url: str) -> dict:

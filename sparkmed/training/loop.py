@@ -136,7 +136,7 @@ def check(config: Config, dataset: PatchDataset) -> None:
 
 def run_identity(config: Config, dataset: PatchDataset) -> str:
     """Digest of all that decides what is learnt: runs of equal identity may continue each other."""
-    train = config.train.model_dump(mode="json", exclude=MAY_CHANGE)
+    train = config.train.model_dump(mode="json", exclude=MAY_CHANGE, exclude_defaults=True)
     return digest(train, config.task, list(config.classes), config.seed, dataset.meta.get("digest", dataset.digest))
 
 

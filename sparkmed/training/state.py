@@ -38,7 +38,7 @@ class State:
             network.to(memory_format=torch.channels_last_3d if networks.spatial_dims(size[1:]) == 3 else torch.channels_last)
         network.to(device)
         averaged = copy.deepcopy(network).requires_grad_(False) if config.train.ema else network
-        return cls(network, averaged, _optimizer(config, network))
+        return cls(network, averaged, optimizer(config, network))
 
     def average_weights(self, ema: float, step: int) -> None:
         """Move the averaged weights towards the network's; running statistics are copied."""
@@ -66,7 +66,7 @@ class State:
         self.history = list(saved["history"])
 
 
-def _optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+def optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     chosen = config.train.optimizer
     factory = components.find(chosen, [torch.optim], "optimizer")
     if not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
