@@ -234,7 +234,8 @@ class Train(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 12.0
     """Largest gradient norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16`` trains under autocast, on GPUs and on CPUs that have it; weights, validation and scoring stay float32."""
+    """``bfloat16`` trains under autocast where the GPU or CPU computes in it, else in float32 all the same; weights, validation
+    and scoring are float32."""
     channels_last: bool = False
     """True keeps channels innermost in memory, faster for many convolutions; the numbers stay the same but for rounding."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0

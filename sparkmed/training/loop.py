@@ -57,6 +57,7 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
     state.restore(comm.broadcast(_saved(folder_url, identity) if comm.rank == 0 else None))
     network, optimizer, loss_of = state.network, state.optimizer, losses.build(train.loss, config.task)
     parameters = [p for p in network.parameters() if p.requires_grad]
+    half = train.precision == "bfloat16" and _computes_bfloat16(device)
     layout = torch.channels_last_3d if train.channels_last else torch.contiguous_format
 
     while (stopped := comm.broadcast(_stop(config, state.history))) is None:
@@ -71,7 +72,7 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
             batch = _real(batch, device)
             if ids := batch["patch_id"]:  # the last global batch may hold nothing for this rank
                 image, label = augment(batch["image"], batch.get("label"), ids, train.augment, config.seed, epoch)
-                with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
                     output = network(image.contiguous(memory_format=layout))
                 values = loss_of(_in_full(output), batch["target"] if label is None else label)
                 _check_finite(values, ids, epoch, step)
@@ -229,6 +230,14 @@ def _device(wanted: str, comm: Comm) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", comm.local_rank % torch.cuda.device_count())
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def _set_threads(threads: int | None, comm: Comm) -> None:

@@ -203,3 +203,10 @@ def test_best_prefers_the_metric_then_the_loss():
 
     assert loop.best([row(0, 0.9, 1), row(1, 1.0, 3), row(2, 1.0, 2), row(3, math.nan, 0)])["epoch"] == 2
     assert loop.best([row(0, math.nan, 2), row(1, math.nan, 1)])["epoch"] == 1
+
+
+def test_bfloat16_and_channels_last_learn_as_float32_does(balls, tmp_path):
+    plain = loop.fit(project(), balls, str(tmp_path / "a"))["history"]
+    rounded = loop.fit(project(channels_last=True, precision="bfloat16"), balls, str(tmp_path / "b"))["history"]
+    for a, b in zip(plain, rounded, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=0.03)
