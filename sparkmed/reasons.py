@@ -2,6 +2,7 @@
 
 SENTENCES = {
     # archives
+    "BAD_NAME": "The name of the file or member is not UTF-8.",
     "BOMB": "The archive claims or gives far more bytes than it weighs; reading stopped at the limit.",
     "BROKEN_ARCHIVE": "The zip or tar is damaged.",
     "DUPLICATE_MEMBER": "The archive holds two members of one name; the first is used.",
@@ -70,7 +71,7 @@ SENTENCES = {
     "LABEL_GRID_MISMATCH": "The label does not lie on the grid of its image.",
     "LABEL_NOT_INTEGER": "The label holds values that are not whole numbers.",
     "LABEL_OUT_OF_RANGE": "The label holds values beyond the classes.",
-    "LABEL_REFUSED": "The image was left out because its label was refused.",
+    "LABEL_REFUSED": "The image was left out because its label was refused, or does not fit it.",
     "LABEL_WITHOUT_IMAGE": "No image belongs to the label, or its image was refused.",
     "MIXED_PATHS": "Files of one series lie where different subjects are expected.",
     "TWO_LABELS": "The label table names the image twice.",

@@ -54,14 +54,28 @@ def join(url: str, *parts: str) -> str:
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of ``url`` and the path in it."""
-    fs, path = fsspec.core.url_to_fs(absolute(url))
-    return fs, path
+    path = local_path(url)
+    if path is not None:  # fsspec takes "::" in a name for a chain of file systems
+        return fsspec.filesystem("file"), str(path)
+    return fsspec.core.url_to_fs(absolute(url))
 
 
 def open(url: str, mode: str = "rb"):
     """A file object; seekable when reading."""
+    path = local_path(url)
+    if path is not None:
+        return path.open(mode)
     fs, path = filesystem(url)
     return fs.open(path, mode)
+
+
+def spelt(name: str) -> str:
+    r"""``name`` as text that can be written: a byte that is not UTF-8 becomes ``\udcXX``, everything else stays.
+
+    >>> spelt("bad\udcff.nii.gz")
+    'bad\\udcff.nii.gz'
+    """
+    return name.encode(errors="backslashreplace").decode()
 
 
 def walk(url: str) -> Iterator[File]:

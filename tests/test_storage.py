@@ -55,3 +55,23 @@ def test_urls_of_other_file_systems():
     assert storage.read_bytes("memory://bucket/a/b.txt") == b"x"
     assert [f.path for f in storage.walk("memory://bucket")] == ["a/b.txt"]
     assert storage.absolute("dbfs:/data") == "file:///dbfs/data"
+
+
+def test_colons_in_a_local_path_are_no_chain(tmp_path):
+    url = storage.join(str(tmp_path), "a::b", "zip::c")
+    storage.write_bytes(url, b"1")
+    with storage.open(url) as f:
+        assert f.read() == b"1"
+    assert [f.path for f in storage.walk(str(tmp_path))] == ["a::b/zip::c"]
+    storage.move(url, url + "d")
+    assert storage.exists(url + "d") and not storage.exists(url)
+    storage.remove(storage.join(str(tmp_path), "a::b"), recursive=True)
+    assert list(storage.walk(str(tmp_path))) == []
+
+
+def test_a_name_that_is_not_utf8_is_spelt_so_that_it_can_be_written(tmp_path):
+    (tmp_path / os.fsdecode(b"bad\xff\\ \xc3\xbc")).write_bytes(b"1")
+    (file,) = storage.walk(str(tmp_path))
+    assert storage.read_bytes(file.uri) == b"1"
+    assert storage.spelt(file.path) == "bad\\udcff\\ \u00fc"
+    storage.spelt(file.uri).encode()

@@ -78,10 +78,14 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
     """What is in ``file``, in stored order: members, and rejections of those that must not be read.
 
     Read members while iterating: then a compressed tar is decompressed once; later each is looked up again.
-    Reasons: ``BROKEN_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``, ``SPECIAL_FILE``,
+    A name that is not UTF-8 is refused under the spelling of :func:`storage.spelt`.
+    Reasons: ``BAD_NAME``, ``BROKEN_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``, ``SPECIAL_FILE``,
     ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``, ``UNSUPPORTED_COMPRESSION``, ``UNSUPPORTED_ARCHIVE``, ``UNREADABLE``.
     """
     limits = limits or config.Catalog()
+    if storage.spelt(file.uri) != file.uri:
+        yield Rejection(storage.spelt(file.uri), STAGE, "BAD_NAME", _NAME_MESSAGES["BAD_NAME"])
+        return
     sort = kind(file.path)
     if sort == "":
         yield Member(file.uri, file.path, file.uri, file.size, file.mtime_ns, file.size)
@@ -148,10 +152,13 @@ def _name_problem(name: str) -> str:
         return "BROKEN_ARCHIVE"
     if name.startswith(("/", "\\")) or ".." in parts or _DRIVE.match(name) or "\0" in name:
         return "ESCAPES_FOLDER"
+    if storage.spelt(name) != name:
+        return "BAD_NAME"
     return "NESTED_ARCHIVE" if kind(name) else ""
 
 
 _NAME_MESSAGES = {
+    "BAD_NAME": "the name is not UTF-8: rename it",
     "BROKEN_ARCHIVE": "a member without a name",
     "ESCAPES_FOLDER": "the member's name leads out of its archive",
     "NESTED_ARCHIVE": "an archive inside an archive is not read",
@@ -166,7 +173,7 @@ def _open_zip(uri: str):
 
 
 def _zip_uri(name: str, container: str) -> str:
-    return f"zip://{name}::{container}"
+    return f"zip://{storage.spelt(name)}::{container}"
 
 
 def _zip_entries(zf: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
@@ -326,7 +333,7 @@ class _Bounded(io.RawIOBase):
 
 
 def _tar_uri(name: str, container: str) -> str:
-    return f"tar://{name}::{container}"
+    return f"tar://{storage.spelt(name)}::{container}"
 
 
 def _tar_entries(stream: _Bounded) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

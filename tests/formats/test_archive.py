@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import struct
 import tarfile
@@ -269,3 +270,30 @@ def test_member_without_a_name(tmp_path):
     end = data.index(b"PK\x05\x06")
     (tmp_path / "z.zip").write_bytes(data[: end + 12] + struct.pack("<LL", end - central, central) + data[end + 20 :])
     assert codes(listed(tmp_path)) == [("zip://", "BROKEN_ARCHIVE")]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    bad = os.fsdecode(b"bad\xff.bin")
+    (tmp_path / bad).write_bytes(b"x")
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.GNU_FORMAT) as t:
+        for name in (bad, "good"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            t.addfile(info, io.BytesIO(b"y"))
+    found = listed(tmp_path)
+    assert [c for _, c in codes(found)] == ["BAD_NAME"] * 2
+    assert [m.uri for m in found if isinstance(m, Rejection)] == [
+        f"file://{tmp_path}/bad\\udcff.bin",
+        f"tar://bad\\udcff.bin::file://{tmp_path}/t.tar",
+    ]
+    assert [m.read() for m in found if isinstance(m, archive.Member)] == [b"y"]
+
+
+def test_archives_in_a_folder_with_colons(tmp_path):
+    folder = tmp_path / "a::b"
+    folder.mkdir()
+    make_zip(folder / "z.zip", FILES)
+    make_tar(folder / "t.tar.gz", FILES)
+    members = listed(tmp_path)
+    assert [m.path.split("/", 2)[2] for m in members] == [n for n, _ in FILES] * 2
+    assert [archive.open_uri(m.uri) for m in members] == [d for _, d in FILES] * 2
