@@ -6,7 +6,7 @@ returned files in one step. A file of a task that was killed, retried or run twi
 
 import io
 import json
-import posixpath
+import re
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,9 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from sparkmed import storage
+from sparkmed.rejection import InputError
 
+_MISREAD = re.compile(r"\\|%[0-9A-Fa-f]{2}")  # delta-kernel decodes a local path twice, and takes a backslash for a slash
 _TIME = pa.timestamp("us", tz="UTC")
 _FILE = [
     ("uri", pa.string()),
@@ -48,6 +50,7 @@ CATALOG = pa.schema(
         ("shape", pa.list_(pa.int64())),
         ("affine", pa.list_(pa.float64())),
         ("header", pa.string()),
+        ("identity", pa.string()),  # fingerprint of the key that made ``subject``
         *_LINEAGE,
     ]
 )
@@ -59,6 +62,7 @@ QUARANTINE = pa.schema(
         ("message", pa.string()),
         ("key", pa.string()),  # what was refused: a prediction (score), a volume of a dataset (patches)
         ("refused_at", _TIME),
+        ("identity", pa.string()),  # as in the catalog; null in other stages
         *_LINEAGE,
     ]
 )
@@ -182,12 +186,26 @@ class Table:
 
     def paths(self) -> list[str]:
         """Names of the committed files."""
-        return sorted(posixpath.basename(u) for u in self.uris())
+        table = self._open()
+        return [] if table is None else sorted(table.get_add_actions(flatten=True)["path"].to_pylist())
 
     def uris(self) -> list[str]:
-        """URLs of the committed files, for ``spark.read.parquet``."""
-        table = self._open()
-        return [] if table is None else [storage.absolute(u) for u in table.file_uris()]
+        """URLs of the committed files, spelt as :mod:`storage` spells them: nothing is percent-encoded."""
+        return [storage.join(self.url, name) for name in self.paths()]
+
+    def sweep(self):
+        """Remove the files that no commit names and that are older than the newest one that a commit names.
+
+        For a table whose every writer commits under the fence of one name: who may still win began after the last commit, so
+        its files are younger. What a commit replaced and what a killed task left is gone then, also for those who would read
+        an earlier version of the table.
+        """
+        files = {f.path: f for f in storage.walk(self.url) if "/" not in f.path and f.path.endswith(".parquet")}
+        committed = set(self.paths())
+        newest = max((files[name].mtime_ns for name in committed if name in files), default=None)
+        for name, file in files.items():
+            if name not in committed and newest is not None and file.mtime_ns < newest:
+                storage.remove(file.uri)
 
     def read(self, columns: list[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
         """The committed rows; an empty table when nothing was ever committed."""
@@ -203,7 +221,11 @@ class Table:
         return self.read(where=where).to_pylist()
 
     def _open(self, create: bool = False) -> DeltaTable | None:
-        target = storage.local_path(self.url) or self.url
+        target = storage.local_path(self.url)
+        if target is None:
+            target = self.url
+        elif _MISREAD.search(str(target)):
+            raise InputError(f"lake path {target} holds a backslash or an escape such as %20, which Delta tables misread")
         try:
             return DeltaTable(target)
         except TableNotFoundError:

@@ -1,8 +1,10 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from sparkmed import storage, tables
+from sparkmed.rejection import InputError
 
 
 @pytest.fixture
@@ -69,3 +71,26 @@ def test_files_that_were_not_committed_do_not_count_after_a_crash(table, tmp_pat
     table.write([{"model_name": "orphan"}])
     assert len([f for f in storage.walk(table.url) if f.path.endswith(".parquet") and "/" not in f.path]) == 2
     assert names(table) == ["a"]
+
+
+def test_any_lake_path_but_one_that_looks_escaped(tmp_path):
+    table = tables.promotions(str(tmp_path / "la ke% [1]{x}#*?a::b \u00fc"))
+    table.commit([table.write([{"model_name": "a"}])])
+    assert names(table) == ["a"]
+    assert all(storage.exists(u) for u in table.uris())
+    for name in ("la%20ke", "la\\ke"):
+        with pytest.raises(InputError, match="misread"):
+            tables.promotions(str(tmp_path / name)).rows()
+
+
+def test_sweeping_takes_what_was_replaced_and_leaves_what_a_rival_writes(table):
+    old, orphan = table.write([{"model_name": "old"}]), table.write([{"model_name": "orphan"}])
+    table.commit([old])
+    for file in (old, orphan):
+        os.utime(storage.local_path(storage.join(table.url, file.path)), ns=(1, 1))
+    new = table.write([{"model_name": "new"}])
+    table.commit([new], replace=[old.path])
+    rival = table.write([{"model_name": "rival"}])
+    table.sweep()
+    left = {f.path for f in storage.walk(table.url) if "/" not in f.path}
+    assert left == {new.path, rival.path} and names(table) == ["new"]
