@@ -1,18 +1,22 @@
 """Archive to catalog: what files there are, read once each."""
 
 import datetime
+import re
 from collections.abc import Iterator
 
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from sparkmed import formats, storage, tables
 from sparkmed.formats import archive
+from sparkmed.identity import fingerprint
 from sparkmed.imaging import paths, splits
-from sparkmed.rejection import Refused, Rejection
+from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark.session import packed
 
 STAGE = "catalog"
+_GLOB = re.compile(r"[\[\]{}*?\\]")  # what Hadoop's paths would take for a pattern
 
 
 def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, lineage: dict) -> dict[str, int]:
@@ -20,51 +24,73 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     there, new, changed, gone, and how many instances and refusals that makes in all.
 
     Only files that are new or whose size or modification time changed are opened. ``key`` makes pseudonyms of patients; None
-    keeps their identifiers. Writes nothing when nothing changed. Raises FileNotFoundError when there is nothing at ``url``.
+    keeps their identifiers. Under another key than before (or none) every file is read again and all earlier rows and their
+    data files go. Files of the lake itself are passed over. Writes nothing when nothing changed. Raises FileNotFoundError when
+    there is nothing at ``url``, InputError when that is the lake itself.
     """
     instances, refusals = tables.catalog(lake), tables.quarantine(lake)
-    _forget_unfinished(refusals, instances.committed(STAGE))
-    run = max(instances.committed(STAGE), refusals.committed(STAGE)) + 1
-    known = {r.container: r for r in _latest_files(spark, lake).collect()}
+    own = storage.absolute(lake).rstrip("/") + "/"
+    if storage.absolute(url).rstrip("/") + "/" == own:
+        raise InputError(f"archive and lake are both {lake}: put the lake elsewhere, a folder inside the archive will do")
+    inner = own.startswith(storage.absolute(url).rstrip("/") + "/")
+    finished = instances.committed(STAGE)  # all below is as of this run, whoever commits meanwhile
+    unfinished = _unfinished(refusals, finished)
+    run = max(finished, refusals.committed(STAGE)) + 1
+    latest = _latest_files(spark, lake, finished).collect()
+    known = {r.container: r for r in latest if not r.gone}
+    identity = fingerprint(key)
+    rekeyed = any(r.identity != identity for r in latest)
     ignored = [paths.PathPattern(p) for p in limits.exclude]
-    found = {f.uri: f for f in storage.walk(url) if not any(p.match(f.path) for p in ignored)}
+    walked = (f for f in storage.walk(url) if not (inner and f.uri.startswith(own)))
+    found = {storage.spelt(f.uri): f for f in walked if not any(p.match(f.path) for p in ignored)}
     same = {u for u, r in known.items() if u in found and (r.file_size, r.file_mtime_ns) == (found[u].size, found[u].mtime_ns)}
-    todo = [f for u, f in found.items() if u not in same]
+    if rekeyed:
+        same = set()
+    todo = {u: f for u, f in found.items() if u not in same}
     gone = [u for u in known if u not in found]
-    new = sum(f.uri not in known for f in todo)
+    new = sum(u not in known for u in todo)
     counts = {"files": len(found), "new": new, "changed": len(todo) - new, "gone": len(gone)}
     counts["refused"] = sum(known[u].refused for u in same)
     counts["instances"] = sum(known[u].members for u in same) - counts["refused"]
-    if not todo and not gone:
+    if not (todo or gone or rekeyed or unfinished):
+        if latest:
+            instances.sweep()  # what a run left that was killed before it could
         return counts
 
-    lineage = {**lineage, "run": run}
+    lineage = {**lineage, "run": run, "identity": identity}
     # a file costs its bytes to hash and about 0.1 MB worth of time to open
-    groups = packed(todo, [f.size + 100_000 for f in todo], spark.sparkContext.defaultParallelism * 4)
+    files = list(todo.values())
+    groups = packed(files, [f.size + 100_000 for f in files], spark.sparkContext.defaultParallelism * 4)
     written = (
         spark.sparkContext.parallelize(groups, max(1, len(groups))).map(lambda g: _write(g, lake, limits, key, lineage)).collect()
     )
-    if gone:
-        marks = [{"uri": u, "container": u, "format": "gone", **lineage} for u in gone]
-        written.append((instances.write(marks), None))
     counts["refused"] += sum(q.rows for _, q in written if q)
-    counts["instances"] += sum(c.rows for c, _ in written if c) - len(gone)
-    # quarantine first: a run counts when the catalog has its number, and an unfinished one is forgotten above
+    counts["instances"] += sum(c.rows for c, _ in written if c)
+    absent = [r.container for r in latest if r.container not in found] if rekeyed else gone
+    if absent:
+        marks = [{"uri": u, "container": u, "format": "gone", **lineage} for u in absent]
+        written.append((instances.write(marks), None))
+    # Quarantine first: a run counts when the catalog has its number, until then its refusals are passed over. What it makes
+    # void goes last, when no rival that read the same tables can commit any more.
+    void = files_of(refusals, STAGE) if rekeyed else unfinished
     refusals.commit([q for _, q in written if q], (STAGE, run))
-    instances.commit([c for c, _ in written if c], (STAGE, run))
+    instances.commit([c for c, _ in written if c], (STAGE, run), replace=instances.paths() if rekeyed else ())
+    if void:
+        refusals.commit([], replace=void)
+    instances.sweep()
     return counts
 
 
 def current(spark: SparkSession, lake: str) -> DataFrame:
     """The instances that count: of each file those of the last run that read it."""
-    latest = _latest_files(spark, lake).select("container", "run")
+    latest = _latest_files(spark, lake).where("not gone").select("container", "run")
     return _read(spark, tables.catalog(lake)).where("format != 'gone'").join(latest, ["container", "run"], "left_semi")
 
 
 def refused(spark: SparkSession, lake: str) -> DataFrame:
     """The quarantine rows that count."""
     rows = _read(spark, tables.quarantine(lake))
-    latest = _latest_files(spark, lake).select("container", "run")
+    latest = _latest_files(spark, lake).where("not gone").select("container", "run")
     of_catalog = rows.where(F.col("stage") == STAGE).join(latest, ["container", "run"], "left_semi")
     return of_catalog.unionByName(rows.where(F.col("stage") != STAGE))
 
@@ -75,11 +101,15 @@ def quarantine_row(rejection: Rejection, lineage: dict, **file) -> dict:
     return {**facts, "refused_at": now, **lineage, **file}
 
 
-def _latest_files(spark: SparkSession, lake: str) -> DataFrame:
-    """Per file that is there: container, the number of the last run that read it, size, time, members read and refused then."""
-    columns = ["container", "run", "file_size", "file_mtime_ns"]
-    read = _read(spark, tables.catalog(lake)).select(*columns, "format", F.lit(0).alias("refused"))
-    kept_out = _read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE)
+def _latest_files(spark: SparkSession, lake: str, finished: int | None = None) -> DataFrame:
+    """Per file: container, the number of the last finished run that read it, size, time, members read and refused then, whether
+    it is gone, and under which identity it was read."""
+    columns = ["container", "run", "file_size", "file_mtime_ns", "identity"]
+    if finished is None:
+        finished = tables.catalog(lake).committed(STAGE)  # asked first: a run that ends now is not half seen
+    whole = F.col("run") <= finished
+    read = _read(spark, tables.catalog(lake)).where(whole).select(*columns, "format", F.lit(0).alias("refused"))
+    kept_out = _read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE).where(whole)
     rows = read.unionByName(kept_out.select(*columns, F.lit("").alias("format"), F.lit(1).alias("refused")))
     per_run = rows.groupBy("container", "run").agg(
         F.max("file_size").alias("file_size"),
@@ -87,17 +117,18 @@ def _latest_files(spark: SparkSession, lake: str) -> DataFrame:
         F.sum("refused").alias("refused"),
         F.count("*").alias("members"),
         F.max(F.col("format") == "gone").alias("gone"),
+        F.max("identity").alias("identity"),
     )
-    facts = ["run", "file_size", "file_mtime_ns", "refused", "members", "gone"]
+    facts = ["run", "file_size", "file_mtime_ns", "refused", "members", "gone", "identity"]
     last = per_run.groupBy("container").agg(F.max(F.struct(*facts)).alias("last"))
-    return last.select("container", *(f"last.{f}" for f in facts)).where("not gone")
+    return last.select("container", *(f"last.{f}" for f in facts))
 
 
 def _read(spark: SparkSession, table: tables.Table) -> DataFrame:
     uris = table.uris()
     if not uris:
         return spark.createDataFrame(table.schema.empty_table().to_pandas(), _spark_schema(table))
-    return spark.read.schema(_spark_schema(table)).parquet(*uris)
+    return spark.read.schema(_spark_schema(table)).parquet(*(_GLOB.sub(r"\\\g<0>", u) for u in uris))
 
 
 def _spark_schema(table: tables.Table):
@@ -110,7 +141,8 @@ def _write(files: list[storage.File], lake: str, limits, key: bytes | None, line
     """One task: read the headers of some files, write what became of them, return the two unpublished table files."""
     rows, refusals = [], []
     for file in files:
-        facts = {"path": file.path, "container": file.uri, "file_size": file.size, "file_mtime_ns": file.mtime_ns}
+        name, uri = storage.spelt(file.path), storage.spelt(file.uri)
+        facts = {"path": name, "container": uri, "file_size": file.size, "file_mtime_ns": file.mtime_ns}
         for outcome in read_headers(file, limits):
             if isinstance(outcome, Rejection):
                 refusals.append(quarantine_row(outcome, lineage, **facts))
@@ -137,20 +169,25 @@ def read_headers(file: storage.File, limits) -> Iterator:
             except Refused as e:
                 yield e.at(member.uri, STAGE)
     except OSError as e:
-        yield Rejection(file.uri, STAGE, "UNREADABLE", e.strerror or type(e).__name__)
+        yield Rejection(storage.spelt(file.uri), STAGE, "UNREADABLE", e.strerror or type(e).__name__)
     else:
         if empty:
             yield Rejection(file.uri, STAGE, "EMPTY_ARCHIVE", "the archive has no member")
 
 
-def _forget_unfinished(refusals: tables.Table, finished: int):
-    """Drop quarantine rows of a run after ``finished``: it was killed before its catalog rows were committed."""
+def _unfinished(refusals: tables.Table, finished: int) -> list[str]:
+    """Quarantine files of runs after ``finished``: killed, or at work, before their catalog rows were committed."""
     if refusals.committed(STAGE) <= finished:
-        return
-    import pyarrow.parquet as pq
+        return []
+    return files_of(refusals, STAGE, after=finished)
 
-    for uri in refusals.uris():
-        with storage.open(uri) as f:
+
+def files_of(refusals: tables.Table, stage: str, after: int = 0) -> list[str]:
+    """Names of the quarantine files that hold refusals of one stage by runs after ``after``; a file holds those of one stage."""
+    found = []
+    for name in refusals.paths():
+        with storage.open(storage.join(refusals.url, name)) as f:
             rows = pq.read_table(f, columns=["stage", "run"]).to_pylist()
-        if any(r["stage"] == STAGE and r["run"] > finished for r in rows):
-            refusals.commit([], replace=[uri.rsplit("/", 1)[1]])
+        if rows and all(r["stage"] == stage and (r["run"] or 0) > after for r in rows):
+            found.append(name)
+    return found

@@ -5,9 +5,12 @@ import zipfile
 import numpy as np
 import pytest
 from archives import ct_pairs
+from formats import dicoms
 from PIL import Image
 
-from sparkmed import config, storage, tables
+from sparkmed import config, identity, storage, tables
+from sparkmed.imaging import splits
+from sparkmed.rejection import InputError
 from sparkmed.spark import catalog
 
 pytestmark = pytest.mark.engine
@@ -27,8 +30,8 @@ def archive(tmp_path):
     return folder
 
 
-def update(spark, archive, tmp_path):
-    return catalog.update(spark, str(archive), str(tmp_path / "lake"), config.Catalog(), None, LINEAGE)
+def update(spark, archive, tmp_path, key=None):
+    return catalog.update(spark, str(archive), str(tmp_path / "lake"), config.Catalog(), key, LINEAGE)
 
 
 def snapshot(tmp_path):
@@ -110,3 +113,130 @@ def test_a_run_killed_between_its_two_commits_is_done_again(spark, archive, tmp_
 def test_a_missing_archive_is_an_error(spark, tmp_path):
     with pytest.raises(FileNotFoundError):
         update(spark, tmp_path / "none", tmp_path)
+
+
+def test_an_archive_that_is_its_own_lake_is_an_error(spark, archive):
+    with pytest.raises(InputError, match="both"):
+        catalog.update(spark, str(archive), str(archive), config.Catalog(), None, LINEAGE)
+
+
+def test_a_lake_inside_the_archive_is_no_image(spark, archive):
+    lake = archive / "lake"
+    for _ in range(2):
+        counts = catalog.update(spark, str(archive), str(lake), config.Catalog(), None, LINEAGE)
+        assert counts["files"] == 6
+    assert counts["new"] == 0
+
+
+def test_an_archive_inside_the_lake_is_read(spark, archive, tmp_path):
+    counts = catalog.update(spark, str(archive), str(tmp_path), config.Catalog(), None, LINEAGE)
+    assert counts["files"] == 6
+
+
+def bytes_of(folder):
+    return b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+
+
+def test_the_fingerprint_tells_keys_apart_and_not_what_they_are():
+    keys = [None, b"0" * 16, b"1" * 16]
+    prints = [identity.fingerprint(k) for k in keys]
+    assert len(set(prints)) == 3 and prints == [identity.fingerprint(k) for k in keys]
+    assert all(len(p) == 16 for p in prints)
+
+
+@pytest.fixture
+def patients(tmp_path):
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    for n, ds in enumerate(dicoms.series(dicoms.stack((6, 5, 4)))):
+        ds.PatientID = "Miller-1957"
+        (folder / f"{n}.dcm").write_bytes(dicoms.encoded(ds))
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def subjects(tmp_path):
+    return {r["subject"] for r in tables.catalog(str(tmp_path / "lake")).rows()}
+
+
+def test_names_that_were_kept_are_nowhere_once_they_are_not(spark, patients, tmp_path):
+    update(spark, patients, tmp_path)
+    (patients / "0.dcm").unlink()
+    (patients / "notes.txt").unlink()
+    update(spark, patients, tmp_path)  # superseded rows and marks of files that are gone
+    assert b"Miller" in bytes_of(tmp_path / "lake")
+    key = b"k" * 16
+    counts = update(spark, patients, tmp_path, key)
+    assert (counts["new"], counts["changed"], counts["gone"], counts["instances"], counts["refused"]) == (0, 3, 0, 3, 0)
+    assert subjects(tmp_path) == {None, splits.pseudonym("Miller-1957", key)}  # None: a mark of a file that is gone
+    assert b"Miller" not in bytes_of(tmp_path / "lake")
+    assert {r.path for r in catalog.current(spark, str(tmp_path / "lake")).collect()} == {f"{n}.dcm" for n in (1, 2, 3)}
+    before = snapshot(tmp_path)
+    assert update(spark, patients, tmp_path, key)["changed"] == 0
+    assert snapshot(tmp_path) == before
+    assert update(spark, patients, tmp_path, b"another key " * 2)["changed"] == 3
+
+
+def test_names_of_files_that_are_all_gone_go_too(spark, patients, tmp_path):
+    update(spark, patients, tmp_path)
+    for path in patients.iterdir():
+        path.unlink()
+    update(spark, patients, tmp_path)
+    update(spark, patients, tmp_path, b"k" * 16)
+    assert b"Miller" not in bytes_of(tmp_path / "lake")
+
+
+def test_old_data_files_go_even_if_the_run_was_killed_before_it_removed_them(spark, patients, tmp_path, monkeypatch):
+    update(spark, patients, tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(tables.Table, "sweep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            update(spark, patients, tmp_path, b"k" * 16)
+    assert b"Miller" in bytes_of(tmp_path / "lake")
+    assert update(spark, patients, tmp_path, b"k" * 16)["changed"] == 0
+    assert b"Miller" not in bytes_of(tmp_path / "lake")
+
+
+@pytest.mark.parametrize("fate", ["finishes", "is killed"])
+def test_a_run_that_meets_another_between_its_commits_loses_no_refusal(spark, archive, tmp_path, monkeypatch, fate):
+    """Run A stands between its two commits while run B does the same work."""
+    commit = tables.Table.commit
+    state = {"runs": 0}
+
+    def meeting(self, files, *fence, **more):
+        if self.url.endswith("catalog"):
+            state["runs"] += 1
+            if state["runs"] == 1:
+                try:
+                    update(spark, archive, tmp_path)
+                except KeyboardInterrupt:
+                    pass
+            elif fate == "is killed":
+                raise KeyboardInterrupt
+        return commit(self, files, *fence, **more)
+
+    with monkeypatch.context() as m:
+        m.setattr(tables.Table, "commit", meeting)
+        if fate == "finishes":
+            with pytest.raises(tables.Conflict):
+                update(spark, archive, tmp_path)
+        else:
+            update(spark, archive, tmp_path)
+    read, kept_out = rows(spark, tmp_path)
+    assert len(read) == 5 and len(kept_out) == 3
+    assert update(spark, archive, tmp_path)["refused"] == 3
+    assert len(tables.quarantine(str(tmp_path / "lake")).rows()) == 3  # what the loser wrote is gone
+    assert rows(spark, tmp_path) == (read, kept_out)
+
+
+def test_any_name_of_a_file(spark, archive, tmp_path):
+    picture = (archive / "img" / "s00.nii.gz").read_bytes()
+    for folder in (b"bad\xff", b"a::b [x]"):
+        os.makedirs(os.fsencode(archive) + b"/" + folder)
+        with open(os.fsencode(archive) + b"/" + folder + b"/i.nii.gz", "wb") as f:
+            f.write(picture)
+    counts = update(spark, archive, tmp_path)
+    read, kept_out = rows(spark, tmp_path)
+    assert ("bad\\udcff/i.nii.gz", "BAD_NAME") in kept_out and "a::b [x]/i.nii.gz" in read
+    assert (counts["instances"], counts["refused"]) == (6, 4)
+    assert update(spark, archive, tmp_path)["new"] == 0
