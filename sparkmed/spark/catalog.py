@@ -16,7 +16,7 @@ from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark.session import packed
 
 STAGE = "catalog"
-_GLOB = re.compile(r"[\[\]{}*?\\]")  # what Hadoop's paths would take for a pattern
+_PATTERN = re.compile(r"[\[\]{}*?\\]")  # what Spark would take for a pattern of paths
 
 
 def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, lineage: dict) -> dict[str, int]:
@@ -128,7 +128,9 @@ def _read(spark: SparkSession, table: tables.Table) -> DataFrame:
     uris = table.uris()
     if not uris:
         return spark.createDataFrame(table.schema.empty_table().to_pandas(), _spark_schema(table))
-    return spark.read.schema(_spark_schema(table)).parquet(*(_GLOB.sub(r"\\\g<0>", u) for u in uris))
+    if _PATTERN.search(table.url) and ":" in table.url.partition("://")[2].partition("/")[2]:
+        raise InputError(f"{table.url}: Spark reads no path with a colon and one of []{{}}*?; rename the lake")
+    return spark.read.schema(_spark_schema(table)).parquet(*(_PATTERN.sub(r"\\\g<0>", u) for u in uris))
 
 
 def _spark_schema(table: tables.Table):

@@ -5,12 +5,14 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow.compute as pc
 from pyspark.sql import SparkSession
 
 from sparkmed import cohort, formats, tables
 from sparkmed.config import Config, digest
 from sparkmed.formats import series
 from sparkmed.formats.instance import Instance, VolumeHeader
+from sparkmed.identity import fingerprint
 from sparkmed.imaging import labels, preprocess
 from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark import catalog
@@ -22,7 +24,8 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     """Replace ``volumes/`` by the volumes of the catalog as it is now, in one commit; counts of what came and what was refused.
 
     Writes nothing when neither the catalog nor the config changed. Raises :class:`InputError` when the archive does not fit the
-    config: labels missing, more classes than the config names, different channel counts, an empty split.
+    config: labels missing, more classes than the config names, different channel counts, an empty split. What was refused is
+    counted each time, ``files`` being all that came.
     """
     table, refusals = tables.volumes(config.lake), tables.quarantine(config.lake)
     inputs = digest(
@@ -30,13 +33,19 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
         cohort.label_table(config),
         config.volumes,
         config.identity,
+        fingerprint(key),
         config.classes,
         config.task,
         config.preprocess,
     )
     before = table.rows()
-    if before and {r["inputs"] for r in before} == {inputs}:
-        return {"volumes": len(before), "changed": 0}
+    whole = table.committed(STAGE) == refusals.committed(STAGE)  # else a run was killed between its two commits
+    if whole and before and {r["inputs"] for r in before} == {inputs}:
+        table.sweep()
+        refused = refusals.read(["uri"], pc.field("stage") == STAGE)["uri"]
+        # a file that came is a source of a volume, ignored or not, or was refused
+        came = catalog.current(spark, config.lake).select("uri").distinct().count()
+        return {"volumes": len(before), "changed": 0, "files": came, "refused": pc.count_distinct(refused).as_py()}
 
     headers, rejections = _assemble(spark, config)
     files = len({u for h in headers for u in h.sources} | {r.uri for r in rejections})
@@ -52,10 +61,11 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     run = max(table.committed(STAGE), refusals.committed(STAGE)) + 1
     lineage = {**lineage, "run": run}
     rows = [{**row(m, label_counts.get(m.image.uid)), "inputs": inputs, **lineage} for m in members]
-    old = [n for n in refusals.paths() if _is_of_this_stage(refusals, n)]
+    old = catalog.files_of(refusals, STAGE)
     refused = [catalog.quarantine_row(r, lineage) for r in rejections]
     refusals.commit([refusals.write(refused)] if refused else [], (STAGE, run), replace=old)
     table.commit([table.write(rows)], (STAGE, run), replace=table.paths())
+    table.sweep()
     splits = Counter(m.split or "unlabelled" for m in members)
     refused_files = len({r.uri for r in rejections})
     return {"volumes": len(members), "changed": 1, **splits, "files": files, "refused": refused_files, "ignored": study.ignored}
@@ -77,12 +87,17 @@ def row(member: cohort.Member, label_counts: list[int] | None) -> dict:
     }
 
 
+def group(instance: Instance) -> str:
+    """What the instances of one volume share. Always text: Spark sorts keys when it spills."""
+    return repr(series.series_key(instance)) if instance.format == "dicom" else instance.uri
+
+
 def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], list[Rejection]]:
     """Group instances by series (a file of another format is its own), then geometry; only headers travel."""
 
     def keyed(r):
         instance = dataclasses.replace(Instance.from_row(r.asDict()), patient=r.subject or "")
-        return (series.series_key(instance) if instance.format == "dicom" else instance.uri), instance
+        return group(instance), instance
 
     grouped = catalog.current(spark, config.lake).rdd.map(keyed).groupByKey()
     headers, rejections = [], []
@@ -133,21 +148,17 @@ def _check_labels(spark: SparkSession, members: list[cohort.Member], config: Con
             f"{len(beyond)} labels do not fit classes {list(config.classes)}, such as {member.label.source_paths[0]}: {e.message}"
         )
     known |= {uid: counts for uid, counts, _ in checked if counts}
-    rejections = [problems[m.image.uid].at(u, STAGE) for m in members if m.image.uid in problems for u in m.label.sources]
-    rejections += [
-        Rejection(u, STAGE, "LABEL_REFUSED", f"its label was refused: {problems[m.image.uid].reason}")
-        for m in members
-        if m.image.uid in problems
-        for u in m.image.sources
-    ]
-    return [m for m in members if m.image.uid not in problems], known, rejections
-
-
-def _is_of_this_stage(table: tables.Table, name: str) -> bool:
-    import pyarrow.parquet as pq
-
-    from sparkmed import storage
-
-    with storage.open(storage.join(table.url, name)) as f:
-        stages = pq.read_table(f, columns=["stage"])["stage"].to_pylist()
-    return bool(stages) and set(stages) == {STAGE}
+    sound = [m for m in members if m.image.uid not in problems]
+    in_use = {m.label.sources for m in sound if m.label}
+    rejections, labels_refused = [], {}
+    for m in members:
+        problem = problems.get(m.image.uid)
+        if problem is None:
+            continue
+        used = m.label.sources in in_use
+        message = f"its label {'fits another image but not this one' if used else 'was refused'}: {problem.reason}"
+        rejections += [Rejection(u, STAGE, "LABEL_REFUSED", message) for u in m.image.sources]
+        if not used:
+            labels_refused.setdefault(m.label.sources, problem)
+    rejections += [problem.at(u, STAGE) for sources, problem in labels_refused.items() for u in sources]
+    return sound, known, rejections
