@@ -76,8 +76,7 @@ def _catalog(config: Config, key: bytes | None) -> dict:
 
 def _make_volumes(config: Config, key: bytes | None) -> dict:
     counts = spark_volumes.build(_spark(config), config, key, _lineage(config, config.volumes, config.identity))
-    if counts.get("refused"):
-        _require_few(counts["refused"], counts["files"], config.volumes.max_refused, "volumes.max_refused", "files")
+    _require_few(counts["refused"], counts["files"], config.volumes.max_refused, "volumes.max_refused", "files")
     return counts
 
 
@@ -298,7 +297,11 @@ def check(config: Config, data: bool = False) -> list[str]:
 def _rehearse(config: Config):
     """The first two stages in a lake that is thrown away."""
     key, _ = _key(config)
-    scratch = config.model_copy(update={"lake": storage.join(config.lake, f"check-{uuid.uuid4().hex[:8]}")})
+    archive, lake = storage.absolute(config.archive), storage.absolute(config.lake)
+    limits = config.catalog
+    if lake.startswith(f"{archive}/"):  # the scratch lake is left out by itself, the real one is not
+        limits = limits.model_copy(update={"exclude": (*limits.exclude, f"{lake.removeprefix(f'{archive}/')}/**")})
+    scratch = config.model_copy(update={"lake": storage.join(lake, f"check-{uuid.uuid4().hex[:8]}"), "catalog": limits})
     try:
         _catalog(scratch, key)
         _make_volumes(scratch, key)

@@ -399,6 +399,7 @@ def _current(config: Config) -> pd.DataFrame:
     kept_out = tables.quarantine(config.lake).read(["container", "run", "stage"]).to_pandas()
     kept_out = kept_out[kept_out["stage"] == "catalog"].drop(columns="stage")
     rows = pd.concat([read, kept_out], ignore_index=True)
+    rows = rows[rows["run"] <= tables.catalog(config.lake).committed("catalog")]  # a later run has not finished
     if not len(rows):
         return rows
     last = rows.groupby("container")["run"].transform("max")
