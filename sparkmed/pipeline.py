@@ -98,6 +98,7 @@ def patches(config: Config) -> dict:
             refusals += [spark_catalog.quarantine_row(r, lineage, key=key) for r in found]
     if refusals:
         quarantine.commit([quarantine.write(refusals)])
+    _require_few(len(facts["refused"]), len(rows), config.volumes.max_refused, "volumes.max_refused", "volumes")
     for name, missing in facts["shortfall"].items():
         log.info("class %s fell short by %d patches, which are centred on other classes", name, missing)
     return {"dataset": url, **facts["counts"], "refused": len(facts["refused"])}

@@ -280,3 +280,15 @@ def test_check_tries_the_network(tmp_path, train, sentence):
     plain = ct_config(ct_pairs(tmp_path / "pairs", 1), tmp_path / "lake")
     problems = pipeline.check(config.parse(plain | {"train": plain["train"] | train}))
     assert len(problems) == 1 and re.search(sentence, problems[0]), problems
+
+
+def test_what_could_not_be_cut_is_in_quarantine_once_and_counts(project, monkeypatch):
+    settings, _ = project
+    uids = [r["uid"] for r in tables.volumes(settings.lake).rows()][:7]
+    facts = dataset.describe(pipeline.patches(settings)["dataset"])
+    monkeypatch.setattr(dataset, "describe", lambda _: facts | {"refused": {u: ["TRUNCATED", "cut off"] for u in uids}})
+    for _ in range(2):
+        with pytest.raises(pipeline.StageFailed, match=r"7 of 1\d volumes were refused, more than volumes.max_refused"):
+            pipeline.patches(settings)
+    rows = [r for r in tables.quarantine(settings.lake).rows() if r["stage"] == "patches"]
+    assert len(rows) == 7 and {r["reason"] for r in rows} == {"TRUNCATED"}
