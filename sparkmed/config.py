@@ -170,7 +170,9 @@ class Patches(Section):
     """Share of patches centred on each class (balanced); None: equal."""
     compression: Literal["none", "zstd", "snappy"] = "zstd"
     row_group_mb: Annotated[float, Field(gt=0)] = 8.0
-    """Size of a row group in MB before compression; smaller when the ranks need more groups."""
+    """Size of a row group in MB before compression; smaller when ``row_groups`` asks for more of them."""
+    row_groups: Positive = 16
+    """Row groups per split at the least, as far as there are patches: Petastorm's readers need one per rank."""
     file_mb: Annotated[float, Field(gt=0)] = 128.0
     """Size of a Parquet file in MB before compression; also what a Spark task holds in memory."""
 
@@ -342,6 +344,10 @@ class Config(Section):
             raise ValueError("classification wants preprocess.size: every image is resampled to one shape")
         if self.task == "classification" and self.patches.sampler in ("balanced", "foreground"):
             raise ValueError(f"patches.sampler {self.patches.sampler} needs label images; classification takes grid or random")
+        if self.train.processes > self.patches.row_groups:
+            raise ValueError(
+                f"train.processes is {self.train.processes}, patches.row_groups {self.patches.row_groups}: raise that too"
+            )
         if self.volumes.labels.pattern and self.volumes.labels.csv:
             raise ValueError("volumes.labels has both pattern and csv, wanted one")
         return self

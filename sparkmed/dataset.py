@@ -73,8 +73,7 @@ def fields(config: Config, channels: int) -> list[Field]:
 def version(rows: Sequence[dict], config: Config) -> str:
     """Name of the dataset that these volumes give under this config: the first 16 hex digits of a digest."""
     volumes = sorted((r["uid"], r["label_uid"], r["target"], r["split"], r["subject"]) for r in rows)
-    # the number of ranks is in it because it bounds the size of row groups
-    settings = (config.preprocess, config.patches, config.seed, config.classes, config.task, config.train.processes)
+    settings = (config.preprocess, config.patches, config.seed, config.classes, config.task)
     return digest(FORMAT_VERSION, [list(v) for v in volumes], *settings)[:16]
 
 
@@ -102,13 +101,13 @@ def plan(rows: Sequence[dict], config: Config) -> list[FilePlan]:
     for split in ("train", "val", "test"):
         members = sorted((r for r in rows if r["split"] == split), key=lambda r: _order(config.seed, r["uid"]))
         counts = [patch_count(r, config) for r in members]
-        least = min(len(members), config.train.processes)  # one row group for each rank at the least
+        least = min(len(members), -(-config.patches.row_groups // 4))  # several files even of a small split: a task writes one
         groups = _chunks(members, counts, min(per_file, math.ceil(sum(counts) / max(1, least))))
         for i, group in enumerate(groups):
             patches_here = sum(patch_count(r, config) for r in group)
             by_bytes = max(1, int(config.patches.row_group_mb * 1e6 / size))
-            by_ranks = max(1, patches_here * len(groups) // (2 * config.train.processes))
-            plans.append(FilePlan(f"split={split}/part-{i:05d}.parquet", split, tuple(group), min(by_bytes, by_ranks)))
+            by_groups = max(1, patches_here * len(groups) // config.patches.row_groups)
+            plans.append(FilePlan(f"split={split}/part-{i:05d}.parquet", split, tuple(group), min(by_bytes, by_groups)))
     return plans
 
 

@@ -58,8 +58,7 @@ def test_the_plan_does_not_depend_on_the_order_of_the_table(rows, tmp_path):
 
 
 def test_there_are_row_groups_for_every_rank(rows, tmp_path):
-    plain = ct_config(tmp_path, tmp_path / "lake")
-    s = config.parse(plain | {"train": plain["train"] | {"processes": 3}})
+    s = settings(tmp_path, row_groups=3)
     groups = {"train": 0, "val": 0, "test": 0}
     for p in dataset.plan(rows, s):
         dataset.write(p, s, 1, str(tmp_path / "d"))
@@ -68,7 +67,7 @@ def test_there_are_row_groups_for_every_rank(rows, tmp_path):
 
 
 def test_a_file_holds_what_was_planned(rows, tmp_path):
-    s = settings(tmp_path)
+    s = settings(tmp_path, row_groups=2)
     (plan,) = [p for p in dataset.plan(rows, s) if p.split == "train"]
     written = dataset.write(plan, s, 1, str(tmp_path / "d"))
     table = pq.read_table(tmp_path / "d" / plan.path, partitioning=None).to_pylist()
@@ -80,7 +79,7 @@ def test_a_file_holds_what_was_planned(rows, tmp_path):
 
 
 def test_a_volume_that_cannot_be_read_is_refused_and_the_others_stay(rows, tmp_path):
-    s = settings(tmp_path)
+    s = settings(tmp_path, row_groups=2)
     broken = rows[0] | {"sources": [rows[0]["sources"][0].replace("s00", "gone")]}
     (plan,) = [p for p in dataset.plan([broken, *rows[1:]], s) if p.split == "train"]
     written = dataset.write(plan, s, 1, str(tmp_path / "d"))

@@ -43,7 +43,7 @@ def test_the_whole_path_by_spark_submit(spark_cluster, project):
 def test_a_job_with_a_wrong_config_says_so_and_fails(spark_cluster, project):
     ended = spark_cluster.submit(JOBS / "catalog.py", project / "project.yaml", "trian.epochs=1")
     assert ended.returncode != 0
-    assert "did you mean train?" in ended.stderr
+    assert "did you mean train?" in ended.stdout  # spark-submit gives both streams of Python there
 
 
 def test_more_ranks_than_slots_is_said_before_training(spark_cluster, project):
@@ -56,4 +56,4 @@ def test_more_ranks_than_slots_is_said_before_training(spark_cluster, project):
         timeout=200,
     )
     assert ended.returncode != 0
-    assert "Spark has 1 task slots" in ended.stderr
+    assert "Spark has 1 task slots" in ended.stdout

@@ -18,7 +18,7 @@ SMALL = {"processes": 1, "threads": 2, "epochs": 2, "batch_size": 4, "warmup_epo
 
 
 def hippocampus(folder: pathlib.Path):
-    pairs = ct_pairs(folder, 12)
+    pairs = ct_pairs(folder, 20)
     (pairs / "img").rename(folder / "imagesTr")
     (pairs / "lab").rename(folder / "labelsTr")
 

@@ -179,7 +179,7 @@ def fill(settings, rows, scored, evaluated, url):
         (tables.evaluations(lake), [common | {"key": f"e{n}"} | r for n, r in enumerate(evaluated)]),
         (tables.predictions(lake), [common | {"key": f"p{n}"} | r for n, r in enumerate(scored)]),
     ):
-        table.commit([table.write(content)])
+        table.commit([table.write(content)], ("catalog", 9))
 
 
 @pytest.fixture(scope="module")

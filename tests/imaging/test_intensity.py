@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sparkmed.config import Intensity
 from sparkmed.imaging import intensity
-from sparkmed.rejection import InputError, Refused
+from sparkmed.rejection import Refused
 
 KINDS = [
     Intensity(kind="none"),
@@ -108,5 +108,5 @@ def test_other_voxel_types_are_refused(dtype):
 
 @pytest.mark.parametrize("low, high", [(-1, 50), (0, 101), (60, 40), (50, 50)])
 def test_wrong_percentiles_are_named(low, high):
-    with pytest.raises(InputError, match=f"got {low} and {high}"):
-        intensity.normalise(np.ones((1, 2, 2, 2)), Intensity(kind="percentile", low=low, high=high))
+    with pytest.raises(ValueError, match=f"got {low} and {high}"):
+        Intensity(kind="percentile", low=low, high=high)
