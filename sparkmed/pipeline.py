@@ -201,7 +201,7 @@ def score(config: Config) -> dict:
     registry.check()
     version = registry.champion()
     if version is None:
-        raise InputError(f"model {registry.model} has no champion: run the promote stage first")
+        raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
     _require_same_classes(config, registry, version)
     model_url = registry.fetch(version, config.lake)
     model_digest, settings = _model_digest(model_url), digest(config.score.overlap, config.score.blending)[:16]
