@@ -15,12 +15,17 @@ import fsspec
 
 @dataclass(frozen=True)
 class File:
-    """A file below a folder: ``uri``, ``path`` relative to that folder with forward slashes, bytes, modification time."""
+    """A file below a folder: ``uri``, ``path`` relative to that folder with forward slashes, bytes, modification time.
+
+    ``stray`` is why it cannot be read as a file of that folder: ``LINK`` (it leads out of the folder, or nowhere), ``SPECIAL_FILE``
+    (a pipe, a socket, a device), ``UNREADABLE`` (a folder that cannot be listed); "" for a plain file.
+    """
 
     uri: str
     path: str
     size: int
     mtime_ns: int
+    stray: str = ""
 
 
 def absolute(url: str | os.PathLike) -> str:
@@ -79,8 +84,9 @@ def spelt(name: str) -> str:
 
 
 def walk(url: str) -> Iterator[File]:
-    """All files below ``url`` in the order of their paths; a single file is itself. Links out of the folder are not followed.
+    """All files below ``url`` in the order of their paths; a single file is itself.
 
+    Links within the folder are files like others, but those to folders are passed over: what is in there comes under its own path.
     Raises :class:`FileNotFoundError` when there is nothing at ``url``.
     """
     root = local_path(url)
@@ -97,17 +103,33 @@ def _walk_local(root: pathlib.Path) -> Iterator[File]:
 
     # one level is held at a time; a name sorts as its whole path would ("a.b" before "a/b")
     def entries(folder: str, prefix: str):
-        with os.scandir(folder) as listing:
-            for entry in sorted(listing, key=lambda e: e.name + ("/" if e.is_dir(follow_symlinks=False) else "")):
-                if entry.is_dir(follow_symlinks=False):
-                    yield from entries(entry.path, f"{prefix}{entry.name}/")
-                elif entry.is_symlink() and not _inside(entry.path, root):
-                    continue
-                elif entry.is_file():
-                    status = entry.stat()
-                    yield File(f"file://{entry.path}", prefix + entry.name, status.st_size, status.st_mtime_ns)
+        try:
+            with os.scandir(folder) as listing:
+                found = sorted(listing, key=lambda e: e.name + ("/" if e.is_dir(follow_symlinks=False) else ""))
+        except OSError:
+            if folder == str(root):
+                raise
+            yield File(f"file://{folder}", prefix.rstrip("/"), 0, 0, "UNREADABLE")
+            return
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                yield from entries(entry.path, f"{prefix}{entry.name}/")
+                continue
+            try:
+                stray = _stray(entry, root)
+                status = entry.stat(follow_symlinks=not stray)
+            except FileNotFoundError:  # removed since it was listed
+                continue
+            if not (entry.is_symlink() and stray == "SPECIAL_FILE"):  # a link to a folder
+                yield File(f"file://{entry.path}", prefix + entry.name, status.st_size, status.st_mtime_ns, stray)
 
     yield from entries(str(root), "")
+
+
+def _stray(entry: os.DirEntry, root: pathlib.Path) -> str:
+    if entry.is_symlink() and not (_inside(entry.path, root) and os.path.exists(entry.path)):
+        return "LINK"
+    return "" if entry.is_file() else "SPECIAL_FILE"
 
 
 def _inside(path: str, root: pathlib.Path) -> bool:

@@ -25,15 +25,28 @@ def test_walk_of_a_file_is_itself_and_of_nothing_an_error(tmp_path):
         list(storage.walk(str(tmp_path / "none")))
 
 
-def test_links_out_of_the_folder_are_not_followed(tmp_path):
+def test_what_is_no_file_of_the_folder_is_named_as_such(tmp_path, monkeypatch):
     (tmp_path / "outside").write_bytes(b"secret")
     inside = tmp_path / "archive"
-    inside.mkdir()
+    (inside / "folder").mkdir(parents=True)
     (inside / "own").write_bytes(b"1")
     os.symlink(tmp_path / "outside", inside / "away")
-    os.symlink(inside / "own", inside / "near")
     os.symlink(tmp_path, inside / "loop")
-    assert [f.path for f in storage.walk(str(inside))] == ["near", "own"]
+    os.symlink(inside / "missing", inside / "nowhere")
+    os.symlink(inside / "own", inside / "near")
+    os.symlink(inside / "folder", inside / "same folder")  # its files come under their own paths
+    os.mkfifo(inside / "pipe")
+    scandir = os.scandir
+
+    def broken(folder):
+        if folder.endswith("/folder"):
+            raise PermissionError(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    found = {f.path: f.stray for f in storage.walk(str(inside))}
+    links = dict.fromkeys(("away", "loop", "nowhere"), "LINK")
+    assert found == links | {"own": "", "near": "", "folder": "UNREADABLE", "pipe": "SPECIAL_FILE"}
 
 
 def test_write_is_whole_or_nothing(tmp_path, monkeypatch):

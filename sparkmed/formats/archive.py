@@ -30,6 +30,11 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz
 OTHER_ARCHIVES = (".7z", ".rar", ".tar.zst", ".tar.lz4", ".tar.z")
 
 _INNER = re.compile(r"^(zip|tar)://(.*)::([A-Za-z0-9+.-]+://.*)$", re.DOTALL)
+_STRAY_MESSAGES = {
+    "LINK": "a link that leads out of the archive, or nowhere",
+    "SPECIAL_FILE": "neither a file nor a folder",
+    "UNREADABLE": "the folder cannot be listed",
+}
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
 
@@ -85,6 +90,9 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
     limits = limits or config.Catalog()
     if storage.spelt(file.uri) != file.uri:
         yield Rejection(storage.spelt(file.uri), STAGE, "BAD_NAME", _NAME_MESSAGES["BAD_NAME"])
+        return
+    if file.stray:
+        yield Rejection(file.uri, STAGE, file.stray, _STRAY_MESSAGES[file.stray])
         return
     sort = kind(file.path)
     if sort == "":

@@ -92,6 +92,19 @@ def test_a_refused_file_that_was_mended_is_read(spark, archive, tmp_path):
     assert "notes.txt" in read and "notes.txt" not in {u for u, _ in kept_out}
 
 
+def test_links_out_of_the_archive_are_refused_by_name(spark, archive, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (archive / "linked").symlink_to(tmp_path / "elsewhere")
+    (archive / "nowhere.nii.gz").symlink_to(tmp_path / "none")
+    for _ in range(2):
+        counts = update(spark, archive, tmp_path)
+        assert {("linked", "LINK"), ("nowhere.nii.gz", "LINK")} <= set(rows(spark, tmp_path)[1])
+    assert counts["new"] == counts["changed"] == 0
+    (archive / "nowhere.nii.gz").unlink()
+    assert update(spark, archive, tmp_path)["gone"] == 1
+    assert "nowhere.nii.gz" not in {path for path, _ in rows(spark, tmp_path)[1]}
+
+
 def test_a_run_killed_between_its_two_commits_is_done_again(spark, archive, tmp_path, monkeypatch):
     commit = tables.Table.commit
 
