@@ -233,7 +233,8 @@ def score(config: Config) -> dict:
         for r in rejections:
             stays = None if r.reason in spark_score.PASSING else of_source[r.uri]
             refusals.append(spark_catalog.quarantine_row(r, _lineage(config, config.score), key=stays))
-        quarantine.commit([quarantine.write(refusals)] if refusals else [])
+        if refusals:
+            quarantine.commit([quarantine.write(refusals)])
         refused += len(batch) - len(rows)
     left_out = len(set(keys) & parked - scored)
     _require_few(refused + left_out, len(keys), config.score.max_refused, "score.max_refused", "volumes")
@@ -424,7 +425,7 @@ def _test_digest(test: list[dict]) -> str:
 
 
 def _decide(config, registry, action: str, challenger: str, champion: str | None, reason: str, numbers: dict) -> dict:
-    """Write the decision down, then act on it."""
+    """Write the decision down, then act on it. One that was written by a run that could not act any more is not written again."""
     decided = {"model_name": registry.model, "action": action, "challenger": challenger, "champion": champion, "reason": reason}
     row = decided | {
         "numbers": json.dumps(numbers),
@@ -432,7 +433,9 @@ def _decide(config, registry, action: str, challenger: str, champion: str | None
         **_lineage(config, config.promote),
     }
     table = tables.promotions(config.lake)
-    table.commit([table.write([row])])
+    made = sorted((r for r in table.rows() if r["model_name"] == registry.model), key=lambda r: r["decided_at"])
+    if not made or any(made[-1][k] != row[k] for k in (*decided, "numbers", "config_digest")):
+        table.commit([table.write([row])])
     if action == "kept":
         registry.note(challenger, "sparkmed.promotion", reason)
     else:

@@ -1,0 +1,75 @@
+"""A driver killed by SIGKILL between any two things that others can see: run again, it ends as if it had never been killed."""
+
+import itertools
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from archives import ct_config, ct_pairs
+
+from sparkmed import config, storage, tables, tracking
+from sparkmed.spark import catalog
+
+pytestmark = pytest.mark.engine
+
+# Runs the whole path; killed before the n-th thing in this process that others could see: those before it are done then, and
+# what was prepared for it lies about.
+DRIVER = """
+import os, signal, sys
+from sparkmed import config, pipeline, storage, tables, tracking
+seen = 0
+def deadly(owner, name):
+    whole = getattr(owner, name)
+    def call(*arguments, **more):
+        global seen
+        seen += 1
+        print("visible", seen, name, getattr(arguments[0], "url", ""), file=sys.stderr)
+        if seen == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments, **more)
+    setattr(owner, name, call)
+for owner, name in [(tables.Table, "commit"), (storage, "move"), (tracking.Run, "register"), (tracking.Registry, "crown")]:
+    deadly(owner, name)
+pipeline.run(config.load(sys.argv[1]))
+"""
+
+
+def settings_of(folder):
+    archive = ct_pairs(folder / "archive", 12)
+    (archive / "notes.txt").write_text("not an image")
+    (archive / "lab" / "s11.nii.gz").unlink()  # an image that is only scored
+    settings = ct_config(archive, folder / "lake", name="killed", spark={"master": "local[2]"}, score={"commit_every": 6})
+    settings["train"] |= {"epochs": 1}
+    settings["volumes"]["labels"]["allow_missing"] = True
+    (folder / "project.yaml").write_text(yaml.safe_dump(settings))
+    return config.load(str(folder / "project.yaml"))
+
+
+def test_a_driver_killed_again_and_again_ends_as_if_it_never_was(spark, tmp_path):
+    settings = settings_of(tmp_path)
+    ends, seen = [], []
+    for kill_at in itertools.islice(itertools.cycle((4, 3)), 20):  # a stage of two commits begins anew when killed between them
+        command = [sys.executable, "-c", DRIVER, str(tmp_path / "project.yaml"), str(kill_at)]
+        with open(tmp_path / "said", "w+") as said:  # a file: a pipe would be open until the JVM of a killed driver has gone
+            ends.append(subprocess.run(command, stdout=said, stderr=said, timeout=300).returncode)
+            said.seek(0)
+            text = said.read()
+        seen.append([line for line in text.splitlines() if line.startswith("visible")])
+        if ends[-1] != -signal.SIGKILL:
+            break
+    assert ends[-1] == 0, text
+    assert len(ends) > 3, seen
+
+    lake, registry = settings.lake, tracking.of(settings)
+    images = [f"img/s{i:02d}.nii.gz" for i in range(12)]
+    rows = tables.volumes(lake).rows()
+    sources = {r["uid"]: r["source_paths"] for r in rows}
+    assert sorted(r.path for r in catalog.current(spark, lake).collect()) == images + [f"lab/s{i:02d}.nii.gz" for i in range(11)]
+    assert [(r.path, r.reason) for r in catalog.refused(spark, lake).collect()] == [("notes.txt", "UNKNOWN_FORMAT")]
+    assert sorted(sources.values()) == [[i] for i in images] and len(rows) == 12
+    assert sum(f.path.endswith("_dataset.json") for f in storage.walk(storage.join(lake, "datasets"))) == 1
+    assert len(registry.client.search_model_versions(f"name='{registry.model}'")) == 1 and registry.champion() == "1"
+    assert [(r["action"], r["challenger"]) for r in tables.promotions(lake).rows()] == [("promoted", "1")]
+    assert sorted(sources[r["volume"]] for r in tables.predictions(lake).rows()) == [[i] for i in images]
