@@ -43,6 +43,9 @@ class PatchDataset:
         self.fields = tuple(
             Field(f["name"], f["dtype"], tuple(f.get("shape", ())), f.get("codec", "scalar")) for f in self.meta["fields"]
         )
+        image = next(f for f in self.meta["fields"] if f["name"] == "image")
+        self.scaling = float(image.get("scale", 1.0)), float(image.get("offset", 0.0))
+        """Factor and summand that make values of what field ``image`` stores."""
         self._sizes: dict[str, int] = {}
         files = self._files()
         with ThreadPoolExecutor(8) as pool:
@@ -54,7 +57,7 @@ class PatchDataset:
     @property
     def digest(self) -> str:
         """Changes when a file, a row group or the schema does."""
-        return hashlib.sha256(repr((self.blocks, self.fields, self.meta.get("digest"))).encode()).hexdigest()
+        return hashlib.sha256(repr((self.blocks, self.fields, self.scaling, self.meta.get("digest"))).encode()).hexdigest()
 
     def field(self, name: str) -> Field:
         for field in self.fields:
@@ -139,7 +142,7 @@ def _groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
     return [(g.num_rows, g.total_byte_size) for g in groups]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Payloads:
     """The arrays of a column: row r of ``matrix`` (rows, bytes) uint8 is array r in C order; a view of what was read."""
 

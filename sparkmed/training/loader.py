@@ -2,15 +2,20 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparkmed.rejection import InputError
 from sparkmed.training.dataset import Block, PatchDataset, Payloads, blocks_bytes
 
-PREFETCHED = 2  # batches that wait for the consumer
+READERS = 2
+"""Threads that read row groups ahead, beside the one that makes batches."""
 
 
 class Order:
@@ -18,6 +23,7 @@ class Order:
 
     Blocks are shuffled and laid into windows of at most ``window_bytes`` (one block at least); rows are shuffled within a window.
     So reading stays local: whoever walks the order holds the blocks of one window at a time, of two when a batch spans them.
+    Within a global batch samples are sorted by block, so that a rank, which takes a stretch of it, needs few blocks of a window.
     """
 
     def __init__(self, blocks: Sequence[Block], seed: int, epoch: int, shuffle: bool, window_bytes: float):
@@ -45,20 +51,50 @@ class Order:
         pairs = np.concatenate(pairs).astype(np.int64)
         return pairs if self._key is None else self._generator(1 + window).permutation(pairs)
 
+    def steps(self, start: int, batch_size: int, rank: int, world_size: int) -> Iterator["Step"]:
+        """What ``rank`` takes of each global batch from global position ``start`` on."""
+        total, global_batch = int(self.ends[-1]) if len(self.ends) else 0, batch_size * world_size
+        pending, window = np.empty((0, 2), np.int64), int(np.searchsorted(self.ends, start, "right"))
+        skipped = start - (int(self.ends[window - 1]) if window else 0)
+        for low in range(start, total, global_batch):
+            high = min(low + global_batch, total)
+            while len(pending) < high - low:
+                pending, window, skipped = np.concatenate([pending, self.rows(window)[skipped:]]), window + 1, 0
+            batch, pending = pending[: high - low], pending[high - low :]
+            batch = batch[np.argsort(batch[:, 0], kind="stable")]
+            first, last = rank * len(batch) // world_size, (rank + 1) * len(batch) // world_size
+            finished = int(np.searchsorted(self.ends, high, "right"))
+            yield Step(batch[first:last], high, high - low, finished)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of a global batch: (samples, 2) int64 of (block, row in the block), the global position behind the batch,
+    how many samples it has over all ranks, and how many windows are finished with it."""
+
+    samples: np.ndarray
+    end: int
+    total: int
+    finished: int
+
 
 class PatchLoader:
     """Batches of a patch dataset for one rank of ``world_size``; each patch once per epoch over all ranks.
 
-    Iterates dicts: ``image`` (B, C, I, J, K) float32; ``label`` (B, 1, I, J, K) int64 or ``target`` (B,) int64; ``patch_id``,
-    ``subject``, ``volume`` lists of str; ``weight`` (B,) float32, 0 for padding; ``total`` () float32, the real samples of the
-    global batch. B is always ``batch_size``: the last global batch is filled with zeros of weight 0 and patch id "".
+    Iterates dicts: ``image`` (B, C, I, J, K) and ``label`` (B, 1, I, J, K) or ``target`` (B,) as the dataset stores them
+    (:meth:`to_device` makes float32 and int64 of them); ``patch_id``, ``subject``, ``volume`` lists of str; ``weight`` (B,) float32, 0
+    for padding; ``total`` () float32, the real samples of the global batch. B is always ``batch_size``: the last global batch is
+    filled with zeros of weight 0 and patch id "".
 
-    Global batch s holds samples [s * B * world_size, ...) of the order of the epoch, and rank r takes every world_size-th of
-    them; so every rank takes the same number of steps, and the samples of a step depend on the size of the global batch only.
+    Global batch s holds samples [s * B * world_size, ...) of the order of the epoch and is cut into one stretch per rank; so every
+    rank takes the same number of steps, and the samples of a step depend on the size of the global batch only.
 
-    ``split`` None is all splits. ``window_mb`` bounds what is shuffled together, hence what is held; a split of at most
-    ``cache_mb`` (before compression) is read once and kept. Raises :class:`DatasetError`, an :class:`InputError`, that names
-    the file when a dataset is not what its schema and footers say: here, or while iterating, but never a shorter epoch.
+    ``split`` None is all splits. ``window_mb`` is how much is shuffled together; it decides the order. ``memory_mb`` bounds what is
+    held of the dataset, read ahead included, and decides no more than speed: a split that fits is read once and kept, else blocks
+    are read anew each epoch (what one batch needs is held in any case); up to two batches wait besides. ``pin_memory`` makes
+    batches in page-locked memory, for a GPU. Sizes are those before compression. Raises :class:`DatasetError`, an
+    :class:`InputError`, that names the file when a dataset is not what its schema and footers say: here, or while iterating, but
+    never a shorter epoch.
     """
 
     def __init__(
@@ -71,7 +107,8 @@ class PatchLoader:
         shuffle: bool = True,
         split: str | None = None,
         window_mb: float = 64.0,
-        cache_mb: float = 512.0,
+        memory_mb: float = 512.0,
+        pin_memory: bool = False,
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or seed < 0:
             raise InputError(
@@ -81,14 +118,20 @@ class PatchLoader:
         self.dataset = PatchDataset(url, split)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
-        self._window_bytes = window_mb * 2**20
-        self._cache: dict[int, dict] | None = {} if blocks_bytes(self.dataset.blocks) <= cache_mb * 2**20 else None
+        self.pin_memory = pin_memory
+        self._window_bytes, self._memory_bytes = window_mb * 2**20, memory_mb * 2**20
+        self._kept: dict[int, dict] | None = {} if blocks_bytes(self.dataset.blocks) <= self._memory_bytes else None
         self._position = 0  # samples of the epoch that were handed out, over all ranks
         self._resume: int | None = None
 
     def __len__(self) -> int:
         """Steps of a whole epoch; the same on all ranks."""
         return -(-self.dataset.rows // (self.batch_size * self.world_size))
+
+    @property
+    def position(self) -> int:
+        """Samples of this epoch, over all ranks, that were handed out."""
+        return self._position if self._resume is None else self._resume
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration runs; another one than the present starts at its beginning."""
@@ -97,8 +140,7 @@ class PatchLoader:
 
     def state_dict(self) -> dict:
         """Where the iteration stands, as plain values; good for another batch size and world size too."""
-        position = self._position if self._resume is None else self._resume
-        return {"version": 1, "dataset": self._order_key(), "seed": self.seed, "epoch": self.epoch, "position": position}
+        return {"version": 1, "dataset": self._order_key(), "seed": self.seed, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
         """The next iteration goes on behind the last sample of ``state``. :class:`InputError` when it belongs to another order."""
@@ -113,16 +155,27 @@ class PatchLoader:
     def _order_key(self) -> str:
         return f"{self.dataset.digest[:16]}-{self._window_bytes:.0f}" + ("" if self.shuffle else "-unshuffled")
 
+    def to_device(self, batch: dict, device: torch.device) -> dict:
+        """The real samples of ``batch`` on ``device``: ``image`` float32, scaled as the dataset says, ``label`` int64."""
+        n = int(batch["weight"].sum())
+        moved = {
+            k: v if k == "total" else v[:n].to(device, non_blocking=True) if isinstance(v, Tensor) else v[:n]
+            for k, v in batch.items()
+        }
+        image = moved["image"].float()
+        scale, offset = self.dataset.scaling
+        moved["image"] = image if (scale, offset) == (1.0, 0.0) else image.mul_(scale).add_(offset)
+        return moved | ({"label": moved["label"].long()} if "label" in moved else {})
+
     def __iter__(self) -> Iterator[dict]:
         start = self._resume or 0
         self._position, self._resume = start, None
         order = Order(self.dataset.blocks, self.seed, self.epoch, self.shuffle, self._window_bytes)
-        global_batch = self.batch_size * self.world_size
-        ready: queue.Queue = queue.Queue(PREFETCHED)
+        steps = order.steps(start, self.batch_size, self.rank, self.world_size)
+        ready: queue.Queue = queue.Queue(1)  # one waits here, one is being made
         stop = threading.Event()
-        batches = self._batches(order, start)
-        reader = threading.Thread(target=_produce, args=(batches, ready, stop), daemon=True, name="patch-reader")
-        reader.start()
+        maker = threading.Thread(target=_produce, args=(self._batches(order, steps), ready, stop), daemon=True, name="patch-reader")
+        maker.start()
         try:
             while True:
                 item = ready.get()
@@ -130,58 +183,82 @@ class PatchLoader:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                self._position = min(self._position + global_batch, self.dataset.rows)
-                yield item
+                self._position, batch = item
+                del item  # who holds a batch is the consumer alone
+                yield batch
+                del batch
         finally:
             stop.set()
-            reader.join()
+            maker.join()
 
-    def _batches(self, order: Order, start: int) -> Iterator[dict]:
-        """The batches of this rank from global position ``start`` on."""
-        rows, global_batch = self.dataset.rows, self.batch_size * self.world_size
-        held: dict[int, tuple[np.ndarray, dict[int, dict]]] = {}
-        for low in range(start, rows, global_batch):
-            high = min(low + global_batch, rows)
-            samples = []
-            for position in range(low + self.rank, high, self.world_size):
-                window = int(np.searchsorted(order.ends, position, "right"))
-                if window not in held:
-                    held[window] = (order.rows(window), {} if self._cache is None else self._cache)
-                sequence, blocks = held[window]
-                block, row = sequence[position - order.ends[window]].tolist()  # counted from the window's end
-                if block not in blocks:
-                    blocks[block] = self.dataset.read(self.dataset.blocks[block])
-                samples.append((blocks[block], row))
-            yield self._collate(samples, high - low)
-            for window in [w for w in held if order.ends[w] <= high]:
-                del held[window]
+    def _batches(self, order: Order, steps: Iterator[Step]) -> Generator[tuple[int, dict], None, None]:
+        """(position behind it, batch) of each step; row groups are read ahead as far as memory allows."""
+        blocks, kept = self.dataset.blocks, self._kept
+        reading: dict[int, Future] = {}  # what is held, or being read
+        ahead: deque[Step] = deque()
+        room, finished, upcoming = self._memory_bytes, 0, next(steps, None)
+        pool = ThreadPoolExecutor(READERS, "patch-reader")
+        try:
+            while upcoming or ahead:
+                while upcoming:
+                    needed = [b for b in np.unique(upcoming.samples[:, 0]).tolist() if b not in reading]
+                    size = sum(blocks[b].bytes for b in needed)
+                    if ahead and (size > room or len(ahead) >= 1000):
+                        break
+                    for b in needed:
+                        reading[b] = _done(kept[b]) if kept and b in kept else pool.submit(self.dataset.read, blocks[b])
+                    room -= size
+                    ahead.append(upcoming)
+                    upcoming = next(steps, None)
+                step = ahead.popleft()
+                held = {b: reading[b].result() for b in np.unique(step.samples[:, 0]).tolist()}
+                if kept is not None:
+                    kept.update(held)
+                yield step.end, self._collate([(held[b], row) for b, row in step.samples.tolist()], step.total)
+                for window in order.windows[finished : step.finished]:
+                    for b in window:
+                        if reading.pop(b, None) is not None:
+                            room += blocks[b].bytes
+                finished = step.finished
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _collate(self, samples: list[tuple[dict, int]], total: int) -> dict:
         n, size = len(samples), self.batch_size
         batch: dict = {}
         for field in self.dataset.fields:
             if field.codec == "ndarray":
-                array = np.empty((size, *field.shape), field.dtype)
+                tensor = torch.empty((size, *field.shape), dtype=_torch_dtype(field.dtype), pin_memory=self.pin_memory)
+                array = tensor.numpy()
                 payload = array.reshape(size, -1).view(np.uint8)
                 for i, (columns, row) in enumerate(samples):
                     column: Payloads = columns[field.name]
                     payload[i] = column.matrix[row]
                 array[n:] = 0
-                batch[field.name] = torch.from_numpy(array)
+                batch[field.name] = tensor
             elif field.dtype == "str":
                 batch[field.name] = [columns[field.name][row] for columns, row in samples] + [""] * (size - n)
             else:
                 values = [columns[field.name][row] for columns, row in samples]
                 batch[field.name] = torch.from_numpy(np.array(values + [0] * (size - n), field.dtype))
-        batch["image"] = batch["image"].float()
         if "label" in batch:
-            batch["label"] = batch["label"].long().reshape(size, 1, *batch["label"].shape[-3:])
+            batch["label"] = batch["label"].reshape(size, 1, *batch["label"].shape[-3:])
         weight = torch.zeros(size)
         weight[:n] = 1
         return batch | {"weight": weight, "total": torch.tensor(float(total))}
 
 
-def _produce(batches: Iterator[dict], ready: queue.Queue, stop: threading.Event) -> None:
+def _torch_dtype(name: str) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, name)).dtype
+
+
+def _done(value) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
+
+
+def _produce(batches: Generator, ready: queue.Queue, stop: threading.Event) -> None:
     """Thread: put batches, then None, or the exception that ended them, until told to stop."""
 
     def put(item) -> bool:
@@ -200,3 +277,5 @@ def _produce(batches: Iterator[dict], ready: queue.Queue, stop: threading.Event)
         put(None)
     except BaseException as e:  # it belongs to the consumer
         put(e)
+    finally:
+        batches.close()

@@ -5,6 +5,7 @@ import json
 import pathlib
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -57,13 +58,16 @@ def test_rows_stay_together(uneven):
             assert (batch["image"][i] == number).all() and (batch["label"][i] == number % 2).all()
             assert batch["subject"][i] == batch["volume"][i].replace("v", "s") == (f"s{number // 2}" if weight else "")
     assert batch["image"].shape == (7, 1, 4, 4, 4) and batch["image"].dtype == torch.float32
-    assert batch["label"].shape == (7, 1, 4, 4, 4) and batch["label"].dtype == torch.int64
+    assert batch["label"].shape == (7, 1, 4, 4, 4)
+    moved = PatchLoader(uneven).to_device(batch, torch.device("cpu"))
+    assert moved["image"].dtype == torch.float32 and moved["label"].dtype == torch.int64
+    assert len(moved["image"]) == len(moved["patch_id"]) == int(batch["weight"].sum())
     assert batch["weight"].dtype == torch.float32
 
 
 def test_the_order_is_a_function_of_seed_and_epoch(uneven):
     first = real(epoch(uneven, seed=0))
-    assert first == real(epoch(uneven, seed=0, cache_mb=0))
+    assert first == real(epoch(uneven, seed=0, memory_mb=0))
     assert first != real(epoch(uneven, seed=1)) and first != real(epoch(uneven, seed=0, number=1))
     plain = real(epoch(uneven, shuffle=False))
     assert plain == real(epoch(uneven, shuffle=False, number=5)) and plain != first
@@ -104,7 +108,7 @@ def test_resumes_behind_any_step_and_with_other_ranks(uneven, window):
 
 
 def test_a_resumed_loader_reads_one_window_at_most(uneven, monkeypatch):
-    loader = PatchLoader(uneven, batch_size=4, window_mb=0, cache_mb=0)
+    loader = PatchLoader(uneven, batch_size=4, window_mb=0, memory_mb=0)
     state = loader.state_dict() | {"position": 40}
     read = []
     original = loader.dataset.read
@@ -188,12 +192,56 @@ def test_other_ways_numpy_saves_an_array(tmp_path):
         assert (image.numpy() == np.arange(24).reshape(1, 2, 3, 4) + int(name[1:])).all()
 
 
-def test_integer_images_become_float(tmp_path):
+def test_integer_images_are_scaled_on_the_device(tmp_path):
     rows = datasets.numbered(4)
     for r in rows:
         r["image"] = (r["image"] * -1000).astype(np.int16)
-    (batch,) = epoch(datasets.write(tmp_path, {"train": [rows]}), batch_size=4)
-    assert sorted(batch["image"][:, 0, 0, 0, 0].tolist()) == [-3000, -2000, -1000, 0]
+    url = datasets.write(tmp_path, {"train": [rows]})
+    loader = PatchLoader(url, batch_size=6)
+    (batch,) = loader
+    assert batch["image"].dtype == torch.int16
+    moved = loader.to_device(batch, torch.device("cpu"))["image"]
+    assert sorted(moved[:, 0, 0, 0, 0].tolist()) == [-3000, -2000, -1000, 0] and moved.dtype == torch.float32
+    meta = json.loads((tmp_path / "_dataset.json").read_text())
+    meta["fields"][0] |= {"scale": 0.5, "offset": 10}
+    (tmp_path / "_dataset.json").write_text(json.dumps(meta))
+    scaled = PatchLoader(url, batch_size=6)
+    (batch,) = scaled
+    moved = scaled.to_device(batch, torch.device("cpu"))["image"]
+    assert sorted(moved[:, 0, 0, 0, 0].tolist()) == [-1490, -990, -490, 10]
+    with pytest.raises(InputError, match="another order"):
+        scaled.load_state_dict(loader.state_dict())
+
+
+def test_a_rank_reads_its_share_of_the_row_groups(tmp_path, monkeypatch):
+    url = datasets.write(tmp_path, {"train": [datasets.numbered(400)]}, row_group=5)
+    reads = []
+    for rank in range(4):
+        loader = PatchLoader(url, batch_size=16, rank=rank, world_size=4, memory_mb=0)
+        original = loader.dataset.read
+        monkeypatch.setattr(loader.dataset, "read", lambda block, read=original: reads.append(block) or read(block))
+        assert len(real(loader)) == 100
+    assert len(reads) < 4 * 80 * 0.6  # all ranks read 80 each if a batch is dealt out row by row
+
+
+def test_what_is_held_stays_within_the_memory(tmp_path, monkeypatch):
+    url = datasets.write(tmp_path, {"train": [datasets.numbered(200)]}, row_group=5)
+    size = PatchLoader(url).dataset.blocks[0].bytes
+    loader = PatchLoader(url, batch_size=2, shuffle=False, window_mb=2 * size / 2**20, memory_mb=6 * size / 2**20)
+    alive, most = weakref.WeakSet(), 0
+    original = loader.dataset.read
+
+    def read(block):
+        nonlocal most
+        columns = original(block)
+        alive.add(columns["image"])
+        most = max(most, len(alive))
+        return columns
+
+    monkeypatch.setattr(loader.dataset, "read", read)
+    for _ in loader:
+        time.sleep(0.001)
+    assert 3 <= most <= 7  # read ahead, and one that is just being let go
 
 
 @pytest.mark.parametrize(
