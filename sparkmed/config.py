@@ -208,6 +208,13 @@ class Augment(Section):
     """Largest standard deviation of added Gaussian noise."""
 
 
+PLACE_KEYS = {
+    "threads", "device", "launcher", "restarts", "fusion_mb", "keep_checkpoints", "checkpoint_steps", "memory_mb", "compile",
+    "start_timeout",
+}  # fmt: skip
+"""Keys of ``train`` that say where and how training runs, not what is learnt."""
+
+
 class Train(Section):
     """The network, and how it learns."""
 
@@ -219,7 +226,19 @@ class Train(Section):
     """A class of ``monai.metrics``; None: DiceMetric for segmentation, ROCAUCMetric for classification. Higher is better."""
     optimizer: Optimizer = Optimizer()
     processes: Positive = 2
-    """Horovod ranks, one per Spark task slot; 1 trains in this process."""
+    """Ranks, one per Spark task slot; 1 trains in this process, without a launcher."""
+    launcher: Literal["horovod", "torch"] = "horovod"
+    """Who starts the ranks: ``horovod.spark.run``, or ``pyspark.ml.torch.distributor.TorchDistributor``. With both a rank uses the
+    GPU that Spark assigned to its task; where Spark assigns none, torch's ranks use none."""
+    restarts: Annotated[int, Field(ge=0)] = 2
+    """How often training goes on from its last checkpoint after a rank was lost (killed, out of memory, machine gone); an error in
+    a rank ends it at once."""
+    compression: Literal["none", "fp16"] = "none"
+    """``fp16`` sends gradients between ranks, and sums them, in half precision."""
+    fusion_mb: Positive = 64
+    """Gradients travel between ranks in buffers of up to this many MiB."""
+    sync_batch_norm: bool = False
+    """True normalises batches over all ranks instead of over each rank's own part."""
     threads: Positive | None = None
     """Torch threads per rank; None: the machine's cores divided by the ranks on it."""
     batch_size: Positive = 4
@@ -235,9 +254,13 @@ class Train(Section):
     """Epochs without a better validation metric before stopping; None never stops early."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 12.0
     """Largest gradient norm."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16`` trains under autocast where the GPU or CPU computes in it, else in float32 all the same; weights, validation
-    and scoring are float32."""
+    accumulate: Positive = 1
+    """Batches per rank whose gradients are summed before a step: the global batch is batch_size x accumulate x processes."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """``bfloat16`` and ``float16`` (GPU only, with a scaled loss) train under autocast where the device computes in it, else in
+    float32 all the same; weights, validation and scoring are float32."""
+    compile: bool = False
+    """True compiles the network with ``torch.compile``: minutes at the start, faster steps on a GPU."""
     channels_last: bool = False
     """True keeps channels innermost in memory, faster for many convolutions; the numbers stay the same but for rounding."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -245,9 +268,18 @@ class Train(Section):
     augment: Augment = Augment()
     initial_weights: str | None = None
     """URL of safetensors weights to start from (transfer learning); layers of another shape keep their initial values."""
+    cache_dir: str | None = None
+    """Folder on each node's own disk below which patches of a remote dataset are kept, in a folder per user; None: the system's
+    folder for temporary files."""
+    cache_gb: Annotated[float, Field(ge=0)] = 20.0
+    """Most GB of such copies on a node; 0 keeps none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     keep_checkpoints: Positive = 2
     """How many of the last checkpoints stay beside the best."""
+    checkpoint_steps: Positive | None = None
+    """Steps between checkpoints within an epoch; None: only at the end of each. What a killed run loses at the most."""
+    memory_mb: Annotated[float, Field(gt=0)] = 512.0
+    """MB of patches that each rank's loader holds; a split that fits is read once."""
     start_timeout: Positive = 120
     """Seconds to wait for all ranks."""
 
