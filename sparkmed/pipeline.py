@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import sparkmed
 from sparkmed import dataset, identity, report, scoring, storage, tables, tracking
-from sparkmed.config import Config, digest
+from sparkmed.config import PLACE_KEYS, Config, digest
 from sparkmed.imaging import paths
 from sparkmed.learning import metrics
 from sparkmed.learning.model import ModelSpec
@@ -109,8 +109,7 @@ def train(config: Config) -> dict:
     rows = _labelled(config)
     url = dataset.url(config.lake, config.name, dataset.version(rows, config))
     facts = dataset.describe(url)
-    elsewhere = {"threads", "device", "keep_checkpoints", "start_timeout"}  # where and how long, not what
-    how = config.train.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
+    how = config.train.model_dump(mode="json", exclude=PLACE_KEYS, exclude_defaults=True)
     training = digest(facts["digest"], how, config.score.overlap, config.score.blending)[:16]
     registry = tracking.of(config)
     registry.check()

@@ -58,6 +58,8 @@ class _PerSample:
         return sum(s / sum(shares) * level for s, level in zip(shares, levels, strict=True))
 
     def _one(self, output: Tensor, truth: Tensor) -> Tensor:
+        if not len(output):
+            return output.flatten(1).sum(1)  # (0,), still a function of the network
         self.function.to(output.device)
         if truth.ndim > 1 and self.from_torch:
             truth = truth[:, 0]

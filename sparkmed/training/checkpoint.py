@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -11,43 +12,53 @@ import torch
 
 from sparkmed import storage
 
-_NAME = re.compile(r"epoch-(\d{5,})-([0-9a-f]{16})\.pt")
+_NAME = re.compile(r"epoch-(\d{5,})(?:-at-(\d{9,}))?-([0-9a-f]{16})\.pt")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file ``epoch-<number>-<SHA-256, 16 digits>.pt``: its name says what its bytes must be."""
+    """A file ``epoch-<number>[-at-<position>]-<SHA-256, 16 digits>.pt``: its name says what its bytes must be.
+
+    ``position`` counts the samples of the epoch that were learnt from; None when the epoch is over.
+    """
 
     url: str
     epoch: int
+    position: int | None
     sha256: str
 
+    @property
+    def progress(self) -> tuple[int, float]:
+        return self.epoch, math.inf if self.position is None else self.position
 
-def save(folder: str, epoch: int, state: dict[str, Any]) -> Checkpoint:
+
+def save(folder: str, epoch: int, position: int | None, state: dict[str, Any]) -> Checkpoint:
     """Write ``state`` (tensors and plain values) as the checkpoint of ``epoch``; atomic. ``torch.load`` opens the file too.
 
-    Others of this epoch or later are removed: training went back behind them because they were damaged.
+    Others of this progress or later are removed: training went back behind them because they were damaged.
     """
     stream = io.BytesIO()
     torch.save(state, stream)
     data = stream.getvalue()
     sha256 = hashlib.sha256(data).hexdigest()[:16]
-    url = storage.join(folder, f"epoch-{epoch:05d}-{sha256}.pt")
-    storage.write_bytes(url, data)
+    within = "" if position is None else f"-at-{position:09d}"
+    saved = Checkpoint(storage.join(folder, f"epoch-{epoch:05d}{within}-{sha256}.pt"), epoch, position, sha256)
+    storage.write_bytes(saved.url, data)
     for stale in present(folder):
-        if stale.epoch >= epoch and stale.sha256 != sha256:
+        if stale.progress >= saved.progress and stale.sha256 != sha256:
             storage.remove(stale.url)
-    return Checkpoint(url, epoch, sha256)
+    return saved
 
 
 def present(folder: str) -> list[Checkpoint]:
-    """The checkpoints in ``folder`` by epoch; their bytes are not looked at."""
+    """The checkpoints in ``folder`` in the order of progress; their bytes are not looked at."""
     try:
         files = list(storage.walk(folder))
     except FileNotFoundError:
         return []
     matches = [(f.uri, _NAME.fullmatch(f.path)) for f in files]
-    return sorted((Checkpoint(uri, int(m[1]), m[2]) for uri, m in matches if m), key=lambda c: (c.epoch, c.sha256))
+    found = [Checkpoint(uri, int(m[1]), m[2] and int(m[2]), m[3]) for uri, m in matches if m]
+    return sorted(found, key=lambda c: (c.progress, c.sha256))
 
 
 def load(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -69,9 +80,9 @@ def latest(folder: str) -> dict[str, Any] | None:
     return None
 
 
-def prune(folder: str, keep: int, best_epoch: int) -> None:
-    """Remove all but the last ``keep`` checkpoints and that of ``best_epoch``."""
+def prune(folder: str, keep: int, best_epoch: int | None) -> None:
+    """Remove all but the last ``keep`` checkpoints and that at the end of ``best_epoch``."""
     there = present(folder)
     for checkpoint in there[: max(0, len(there) - keep)]:
-        if checkpoint.epoch != best_epoch:
+        if checkpoint.position is not None or checkpoint.epoch != best_epoch:
             storage.remove(checkpoint.url)

@@ -82,9 +82,9 @@ class PatchLoader:
     """Batches of a patch dataset for one rank of ``world_size``; each patch once per epoch over all ranks.
 
     Iterates dicts: ``image`` (B, C, I, J, K) and ``label`` (B, 1, I, J, K) or ``target`` (B,) as the dataset stores them
-    (:meth:`to_device` makes float32 and int64 of them); ``patch_id``, ``subject``, ``volume`` lists of str; ``weight`` (B,) float32, 0
-    for padding; ``total`` () float32, the real samples of the global batch. B is always ``batch_size``: the last global batch is
-    filled with zeros of weight 0 and patch id "".
+    (:meth:`to_device` makes float32 and int64 of them); ``patch_id``, ``subject``, ``volume`` lists of str; ``weight`` (B,), 0 for
+    padding; ``total`` (), the real samples of the global batch. B is always ``batch_size``: the last global batch is filled with
+    zeros of weight 0 and patch id "".
 
     Global batch s holds samples [s * B * world_size, ...) of the order of the epoch and is cut into one stretch per rank; so every
     rank takes the same number of steps, and the samples of a step depend on the size of the global batch only.

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 import sparkmed
 from sparkmed import storage
-from sparkmed.config import Config, digest
+from sparkmed.config import PLACE_KEYS, Config, Train, digest
 from sparkmed.learning import losses, metrics, networks
 from sparkmed.learning.augment import augment
 from sparkmed.learning.model import DatasetReference, Model, ModelSpec
@@ -23,24 +24,20 @@ from sparkmed.training.comm import Comm, LocalComm
 from sparkmed.training.dataset import PatchDataset
 from sparkmed.training.loader import PatchLoader
 from sparkmed.training.schedule import learning_rate
-from sparkmed.training.state import State
+from sparkmed.training.state import State, TrainingError
 
 HISTORY, CHECKPOINTS, MODEL = "history.jsonl", "checkpoints", "model"
 
-MAY_CHANGE = {"processes", "threads", "epochs", "max_minutes", "patience", "device", "keep_checkpoints", "start_timeout"}
+MAY_CHANGE = PLACE_KEYS | {"processes", "epochs", "max_minutes", "patience"}
 """Keys of ``train`` with which a run may be continued."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stopped and why."""
 
 
 def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = None) -> dict:
     """Train on the ``train`` split, validate on ``val`` after every epoch, and leave the best epoch as a model in the folder.
 
     The folder gets ``checkpoints/``, ``history.jsonl`` (a row per epoch, rewritten whole after each) and at the end ``model/``.
-    Called again with the same folder it goes on behind the last whole checkpoint, with any number of processes; checkpoints of
-    another config or dataset are refused (what may change: :data:`MAY_CHANGE`).
+    Called again with the same folder it goes on behind the last whole checkpoint, in the middle of an epoch too, with any number of
+    processes; checkpoints of another config or dataset are refused (what may change: :data:`MAY_CHANGE`).
 
     Returns on every rank {"history": rows, "best": row of the best epoch, "stopped": "epochs" | "patience" | "max_minutes",
     "model": URL, "identity", "parameters": count, "ranks", "seconds"}. The best epoch has the highest validation metric and,
@@ -50,52 +47,58 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
     comm, train = comm or LocalComm(), config.train
     device = _device(train.device, comm)
     _set_threads(train.threads, comm)
-    feed = PatchLoader(dataset_url, train.batch_size, comm.rank, comm.size, config.seed, split="train")
-    held_out = PatchLoader(dataset_url, train.batch_size, comm.rank, comm.size, config.seed, shuffle=False, split="val")
+    feed = _loader(config, dataset_url, comm, device, "train", train.batch_size * train.accumulate)
+    held_out = _loader(config, dataset_url, comm, device, "val", train.batch_size)
     check(config, feed.dataset)
-    state, identity = State.start(config, feed.dataset, device), run_identity(config, feed.dataset)
-    state.restore(comm.broadcast(_saved(folder_url, identity) if comm.rank == 0 else None))
-    network, optimizer, loss_of = state.network, state.optimizer, losses.build(train.loss, config.task)
+    state, identity = State.start(config, feed.dataset, device, comm), run_identity(config, feed.dataset)
+    state.restore(comm.broadcast(_saved(folder_url, identity) if comm.rank == 0 else None), feed, comm)
+    network, loss_of = state.network, losses.build(train.loss, config.task)
+    forward = torch.compile(network) if train.compile else network
     parameters = [p for p in network.parameters() if p.requires_grad]
-    half = train.precision == "bfloat16" and _computes_bfloat16(device)
+    precision = _autocast_type(train.precision, device)
     layout = torch.channels_last_3d if train.channels_last else torch.contiguous_format
 
     while (stopped := comm.broadcast(_stop(config, state.history))) is None:
-        epoch, began = len(state.history), time.perf_counter()
+        epoch, began = len(state.history), time.perf_counter() - state.seconds
         feed.set_epoch(epoch)
-        torch.manual_seed(_mixed(config.seed, epoch, comm.rank))  # dropout
         network.train()
-        loss_sum, samples = 0.0, 0
-        for step, batch in enumerate(_progress(feed, epoch, comm)):
-            lr = learning_rate(train, comm.size, epoch + step / len(feed))
-            optimizer.zero_grad(set_to_none=True)
-            batch = _real(batch, device)
-            if ids := batch["patch_id"]:  # the last global batch may hold nothing for this rank
-                image, label = augment(batch["image"], batch.get("label"), ids, train.augment, config.seed, epoch)
-                with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                    output = network(image.contiguous(memory_format=layout))
-                values = loss_of(_in_full(output), batch["target"] if label is None else label)
-                _check_finite(values, ids, epoch, step)
-                (values.sum() / batch["total"]).backward()  # summed over ranks: the gradient of the mean over the global batch
-                loss_sum, samples = loss_sum + values.sum().item(), samples + len(ids)
+        for batch in _progress(feed, epoch, comm):
+            before = feed.position - int(batch["total"])
+            torch.manual_seed(_mixed(config.seed, epoch, before, comm.rank))  # dropout
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(train, comm.size, epoch + before / feed.dataset.rows)
+            state.optimizer.zero_grad(set_to_none=True)
+            for part in _parts(feed.to_device(batch, device), train):
+                image, label = augment(part["image"], part.get("label"), part["patch_id"], train.augment, config.seed, epoch)
+                with torch.autocast(device.type, precision, enabled=precision is not None):
+                    output = forward(image.contiguous(memory_format=layout))
+                values = loss_of(_in_full(output), part["target"] if label is None else label)
+                state.losses.add(values, part["patch_id"], epoch, state.step)
+                state.scaler.scale(values.sum() / part["total"]).backward()  # over ranks: the mean over the global batch
             _fill_missing_gradients(parameters)
             comm.sum_gradients(parameters)
+            state.scaler.unscale_(state.optimizer)
             if train.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, train.clip_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            state.average_weights(train.ema, epoch * len(feed) + step)
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            state.average_weights(train.ema)
+            state.step += 1
+            if train.checkpoint_steps and state.step % train.checkpoint_steps == 0 and feed.position < feed.dataset.rows:
+                state.seconds = time.perf_counter() - began
+                _save(folder_url, config, identity, state, comm, feed)
         comm.average([*network.buffers(), *state.averaged.buffers()])  # running statistics; weights are equal already
         trained = time.perf_counter()
         validation = validate(config, state.averaged, loss_of, held_out, comm)
-        row = {"epoch": epoch, "lr": lr, **_train_loss(comm.gather((loss_sum, samples))), **validation}
-        row |= {"seconds": time.perf_counter() - began, "samples_per_s": feed.dataset.rows / (trained - began), "ranks": comm.size}
-        state.history.append(comm.broadcast(row))
-        if comm.rank == 0:
-            _report(state.history, train.epochs, folder_url)
-            checkpoint.save(storage.join(folder_url, CHECKPOINTS), epoch, {"identity": identity, **state.saved()})
-            checkpoint.prune(storage.join(folder_url, CHECKPOINTS), train.keep_checkpoints, best(state.history)["epoch"])
+        loss_sum, samples = state.losses.over(comm)
+        row = {"epoch": epoch, "lr": state.optimizer.param_groups[0]["lr"], "train_loss": loss_sum / samples, "samples": samples}
+        row |= validation | {
+            "seconds": time.perf_counter() - began,
+            "samples_per_s": samples / (trained - began),
+            "ranks": comm.size,
+        }
+        state.end_epoch(comm.broadcast(row))
+        _save(folder_url, config, identity, state, comm)
 
     return comm.broadcast(_result(config, feed.dataset, folder_url, state, stopped, identity) if comm.rank == 0 else None)
 
@@ -108,7 +111,7 @@ def validate(config: Config, network: nn.Module, loss_of: losses.Loss, held_out:
     loss_sum, samples = 0.0, 0
     with torch.inference_mode():
         for batch in held_out:
-            batch = _real(batch, device)
+            batch = held_out.to_device(batch, device)
             if not batch["patch_id"]:
                 continue
             truth = batch["target" if config.task == "classification" else "label"]
@@ -161,10 +164,20 @@ def _stop(config: Config, history: list[dict]) -> str | None:
     return None
 
 
-def _real(batch: dict, device: torch.device) -> dict:
-    """The batch on ``device`` without its padding."""
-    n = int(batch["weight"].sum())
-    return {k: v if k == "total" else v[:n].to(device) if isinstance(v, Tensor) else v[:n] for k, v in batch.items()}
+def _loader(config: Config, url: str, comm: Comm, device: torch.device, split: str, batch_size: int) -> PatchLoader:
+    return PatchLoader(
+        url, batch_size, comm.rank, comm.size, config.seed, shuffle=split == "train", split=split,
+        memory_mb=config.train.memory_mb, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+
+
+def _parts(batch: dict, train: Train) -> Iterator[dict]:
+    """The batch in pieces of at most ``batch_size`` samples (gradient accumulation). The last global batch may leave a rank some
+    empty ones, which are passed over unless all ranks must run the network together."""
+    for start in range(0, train.batch_size * train.accumulate, train.batch_size):
+        part = {k: v if k == "total" else v[start : start + train.batch_size] for k, v in batch.items()}
+        if part["patch_id"] or train.sync_batch_norm:
+            yield part
 
 
 def _in_full(output):
@@ -179,17 +192,6 @@ def _fill_missing_gradients(parameters: list[nn.Parameter]) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def _check_finite(values: Tensor, patch_ids: list[str], epoch: int, step: int) -> None:
-    finite = torch.isfinite(values.detach())
-    if not finite.all():
-        wrong = ", ".join(f"{p} ({v:g})" for p, v, ok in zip(patch_ids, values.tolist(), finite.tolist(), strict=True) if not ok)
-        raise TrainingError(f"loss is not finite in epoch {epoch}, step {step}, patches {wrong}; try a lower train.optimizer.lr")
-
-
-def _train_loss(parts: list[tuple[float, int]]) -> dict:
-    return {"train_loss": sum(p[0] for p in parts) / sum(p[1] for p in parts), "samples": sum(p[1] for p in parts)}
-
-
 def _saved(folder_url: str, identity: str) -> dict | None:
     saved = checkpoint.latest(storage.join(folder_url, CHECKPOINTS))
     if saved is not None and saved["identity"] != identity:
@@ -197,11 +199,22 @@ def _saved(folder_url: str, identity: str) -> dict | None:
     return saved
 
 
+def _save(folder_url: str, config: Config, identity: str, state: State, comm: Comm, feed: PatchLoader | None = None) -> None:
+    """Rank 0 writes a checkpoint: of the epoch that ended, or with ``feed`` of where it stands. All ranks take part."""
+    saved = {"identity": identity, **state.saved(comm, feed)}
+    if comm.rank == 0:
+        folder = storage.join(folder_url, CHECKPOINTS)
+        if feed is None:
+            _report(state.history, config.train.epochs, folder_url)
+        checkpoint.save(folder, len(state.history) - (feed is None), feed and feed.position, saved)
+        checkpoint.prune(folder, config.train.keep_checkpoints, best(state.history)["epoch"] if state.history else None)
+
+
 def _result(config: Config, dataset: PatchDataset, folder_url: str, state: State, stopped: str, identity: str) -> dict:
     """Write the model of the best epoch, and say what came out."""
     row = best(state.history)
     folder = storage.join(folder_url, CHECKPOINTS)
-    chosen = [c for c in checkpoint.present(folder) if c.epoch == row["epoch"]]
+    chosen = [c for c in checkpoint.present(folder) if (c.epoch, c.position) == (row["epoch"], None)]
     if not chosen:
         raise TrainingError(f"{folder}: the checkpoint of epoch {row['epoch']}, the best, is gone")
     saved = checkpoint.load(chosen[-1])
@@ -232,12 +245,15 @@ def _device(wanted: str, comm: Comm) -> torch.device:
     return torch.device("cuda", comm.local_rank % torch.cuda.device_count())
 
 
-def _computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for it; emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+def _autocast_type(wanted: str, device: torch.device) -> torch.dtype | None:
+    """The type to compute in; None, float32, where the device has no instructions for it: emulated, it is slower."""
+    if wanted == "float16":
+        return torch.float16 if device.type == "cuda" else None
+    if wanted == "float32":
+        return None
     able = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else able.get("avx512_bf16") or able.get("amx_bf16")
+    return torch.bfloat16 if has else None
 
 
 def _set_threads(threads: int | None, comm: Comm) -> None:

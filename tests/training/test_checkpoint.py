@@ -8,7 +8,7 @@ from sparkmed.training import checkpoint
 
 
 def saved(folder, epochs) -> list[checkpoint.Checkpoint]:
-    return [checkpoint.save(str(folder), e, {"epoch": e, "weights": torch.full((3,), float(e))}) for e in epochs]
+    return [checkpoint.save(str(folder), e, None, {"epoch": e, "weights": torch.full((3,), float(e))}) for e in epochs]
 
 
 def path(c: checkpoint.Checkpoint) -> pathlib.Path:
@@ -54,7 +54,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return pathlib.Path.touch, (tmp_path / "ran",)
 
-    checkpoint.save(str(tmp_path), 0, {"evil": Evil()})
+    checkpoint.save(str(tmp_path), 0, None, {"evil": Evil()})
     with pytest.warns(UserWarning):
         assert checkpoint.latest(str(tmp_path)) is None
     assert not (tmp_path / "ran").exists()
