@@ -210,7 +210,7 @@ class Augment(Section):
 
 PLACE_KEYS = {
     "threads", "device", "launcher", "restarts", "fusion_mb", "keep_checkpoints", "checkpoint_steps", "memory_mb", "compile",
-    "start_timeout",
+    "start_timeout", "cache_dir", "cache_gb",
 }  # fmt: skip
 """Keys of ``train`` that say where and how training runs, not what is learnt."""
 

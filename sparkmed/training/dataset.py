@@ -1,8 +1,9 @@
 """The patches of a dataset on disk: which there are, and how a row group becomes arrays. pyarrow only; nothing is unpickled."""
 
+import contextlib
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from sparkmed import storage
 from sparkmed.dataset import DESCRIPTION, Field
 from sparkmed.rejection import InputError
+from sparkmed.training.cache import FileCache, version
 
 
 class DatasetError(InputError):
@@ -32,11 +34,14 @@ class Block:
 class PatchDataset:
     """The row groups of a dataset, or of one split of it, in the order of their paths.
 
+    Row groups of a remote dataset are read from copies of its files in ``cache`` (None: ``FileCache()``), as many as fit in there;
+    the rest, and all footers, are read where they are. A local dataset is not copied.
+
     Raises :class:`DatasetError` for a dataset without ``_dataset.json`` (unfinished, or somebody else's), a split that is not
     there, and files whose rows do not add up to what ``_dataset.json`` says.
     """
 
-    def __init__(self, url: str, split: str | None = None):
+    def __init__(self, url: str, split: str | None = None, cache: FileCache | None = None):
         self.url = storage.absolute(url)
         self.split = split
         self.meta = _read_meta(self.url)
@@ -47,9 +52,14 @@ class PatchDataset:
         self.scaling = float(image.get("scale", 1.0)), float(image.get("offset", 0.0))
         """Factor and summand that make values of what field ``image`` stores."""
         self._sizes: dict[str, int] = {}
+        self._cache = FileCache() if cache is None else cache
+        self._versions: dict[str, str] = {}
+        """Of the remote files that are read from copies."""
         files = self._files()
         with ThreadPoolExecutor(8) as pool:
             self._groups = dict(zip(files, pool.map(self._footer, files), strict=True))
+            copied = self._copied(files)
+            self._versions = dict(zip(copied, pool.map(self._version, copied), strict=True))
         self.blocks = tuple(Block(p, i, n, b) for p, groups in self._groups.items() for i, (n, b) in enumerate(groups) if n > 0)
         self.rows = sum(b.rows for b in self.blocks)
         self._check_counts()
@@ -97,10 +107,35 @@ class PatchDataset:
             found = ", ".join(f"{path} {sum(n for n, _ in groups)}" for path, groups in list(self._groups.items())[:20])
             raise DatasetError(f"dataset {self.url}: {self.rows} patches, {DESCRIPTION} says {wanted}; rows by file: {found}")
 
-    def _open(self, path: str) -> pq.ParquetFile:
+    @contextlib.contextmanager
+    def _open(self, path: str) -> Iterator[pq.ParquetFile]:
         url = storage.join(self.url, path)
         local = storage.local_path(url)
-        return pq.ParquetFile(str(local) if local else storage.open(url))
+        if local:
+            with pq.ParquetFile(str(local)) as file:
+                yield file
+            return
+        copied = self._versions.get(path)
+        source = self._cache.open(url, self._sizes[path], copied) if copied else storage.open(url)
+        with source, pq.ParquetFile(source) as file:
+            yield file
+
+    def _copied(self, files: list[str]) -> list[str]:
+        """The remote files that fit in the cache together: to swap whole files in and out for a row group each would be slower."""
+        if storage.local_path(self.url):
+            return []
+        room, copied = self._cache.limit_bytes, []
+        for path in files:
+            if self._sizes[path] <= room:
+                room -= self._sizes[path]
+                copied.append(path)
+        return copied
+
+    def _version(self, path: str) -> str:
+        try:
+            return version(storage.join(self.url, path))
+        except OSError as e:
+            raise DatasetError(f"dataset {self.url}: {path}: {_line(e)}") from None
 
     def _footer(self, path: str) -> list[tuple[int, int]]:
         """(rows, bytes before compression) of each row group."""
