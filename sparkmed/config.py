@@ -190,6 +190,9 @@ class Augment(Section):
 
     flip: tuple[Literal[0, 1, 2], ...] = ()
     """Axes I, J, K that are mirrored with probability 1/2."""
+    rot90: tuple[Literal[0, 1, 2], ...] = ()
+    """Axes I, J, K about which a patch is turned by 0, 90, 180 or 270 degrees, each with probability 1/4. The two other edges of a
+    patch must be equal (half turns of unequal ones are two flips)."""
     rotate: Annotated[float, Field(ge=0)] = 0.0
     """Largest rotation in degrees (about every axis in 3-D, in the plane in 2-D)."""
     scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -206,6 +209,9 @@ class Augment(Section):
     """Factor on the values between 1 - contrast and 1 + contrast."""
     noise: Annotated[float, Field(ge=0)] = 0.0
     """Largest standard deviation of added Gaussian noise."""
+    channel_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a channel becomes 0 everywhere, which is the mean of a z-scored channel and the lower end of a window; each
+    by itself, but one always stays."""
 
 
 PLACE_KEYS = {
@@ -376,6 +382,14 @@ class Config(Section):
             raise ValueError("classification wants preprocess.size: every image is resampled to one shape")
         if self.task == "classification" and self.patches.sampler in ("balanced", "foreground"):
             raise ValueError(f"patches.sampler {self.patches.sampler} needs label images; classification takes grid or random")
+        for axis in self.train.augment.rot90:
+            if len({n for a, n in enumerate(self.patches.size) if a != axis}) > 1:
+                raise ValueError(
+                    f"train.augment.rot90 about axis {axis} wants patches of equal edges there, patches.size is "
+                    f"{list(self.patches.size)}; leave the axis out, or flip"
+                )
+        if self.train.augment.channel_dropout and self.preprocess.channels == "gray":
+            raise ValueError("train.augment.channel_dropout wants two channels or more, preprocess.channels gray makes one")
         if self.train.processes > self.patches.row_groups:
             raise ValueError(
                 f"train.processes is {self.train.processes}, patches.row_groups {self.patches.row_groups}: raise that too"

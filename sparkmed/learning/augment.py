@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmed.config import Augment
+from sparkmed.rejection import InputError
 
 CONTROL_SPACING = 12
 """Voxels between the control points of the elastic deformation."""
@@ -19,12 +20,20 @@ def augment(
 ) -> tuple[Tensor, Tensor | None]:
     """A changed copy of ``image`` (B, C, I, J, K) float and ``label`` (B, 1, I, J, K) int64, on the same device.
 
-    Flip, rotation, zoom, shift and deformation are one resampling, linear for the image and nearest for the label; outside the
-    patch both repeat its edge. Planes (K = 1) stay planes. Then contrast, brightness, gamma (which keeps each sample's mean and
-    deviation) and noise, on the image alone. No sample depends on the others in the batch.
+    Quarter turns move voxels. Flip, rotation, zoom, shift and deformation are one resampling, linear for the image and nearest for
+    the label; outside the patch both repeat its edge. Planes (K = 1) stay planes. Then contrast, brightness, gamma (which keeps
+    each sample's mean and deviation), noise and channel dropout, on the image alone. No sample depends on the others in the batch.
+    Raises :class:`InputError` as :func:`check` does.
     """
+    check(spec, image.shape[1:])
+    if not patch_ids:
+        return image, label
     keys = [_key(seed, epoch, p) for p in patch_ids]
-    draws = torch.stack([torch.rand(16, generator=torch.Generator().manual_seed(k)) for k in keys])  # one column per decision
+    draws = _uniform(16, keys, 0)  # one column per decision
+    if spec.rot90:
+        turns = (4 * _uniform(3, keys, 3)).long().tolist()
+        image = _turned(image, turns, spec)
+        label = label if label is None else _turned(label, turns, spec)
     if spec.flip or spec.rotate or spec.scale or spec.translate or spec.elastic:
         grid = _grid(image.shape[2:], draws, keys, spec, image.device)
         image = F.grid_sample(image, grid, "bilinear", "border", align_corners=False)
@@ -33,8 +42,32 @@ def augment(
     return _intensity(image, draws, keys, spec), label
 
 
+def check(spec: Augment, shape: Sequence[int]) -> None:
+    """Raises :class:`InputError` when ``spec`` is not for samples of ``shape`` (C, I, J, K)."""
+    for axis in spec.rot90:
+        edges = [n for a, n in enumerate(shape[1:]) if a != axis]
+        if edges[0] != edges[1]:
+            raise InputError(f"augment.rot90 about axis {axis} wants equal edges there, got patches of {list(shape[1:])} voxels")
+    if spec.channel_dropout and shape[0] == 1:
+        raise InputError("augment.channel_dropout wants two channels or more, got images of one")
+
+
 def _key(seed: int, epoch: int, patch_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{patch_id}".encode()).digest()[:8], "big") >> 1
+
+
+def _uniform(n: int, keys: Sequence[int], stream: int) -> Tensor:
+    """(B, n) of [0, 1), apart from what other streams of the same keys give."""
+    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(k ^ stream)) for k in keys])
+
+
+def _turned(batch: Tensor, turns: list[list[int]], spec: Augment) -> Tensor:
+    """(B, C, I, J, K) with each sample turned by as many quarters about each axis as ``turns`` (B, 3) says."""
+    for axis in range(3):
+        if axis in spec.rot90:
+            plane = [1 + a for a in range(3) if a != axis]
+            batch = torch.stack([x.rot90(quarters[axis], plane) for x, quarters in zip(batch, turns, strict=True)])
+    return batch
 
 
 def _between(draw: Tensor, largest: float) -> Tensor:
@@ -96,6 +129,10 @@ def _intensity(image: Tensor, draws: Tensor, keys: Sequence[int], spec: Augment)
         generators = [torch.Generator(image.device).manual_seed(k ^ 2) for k in keys]
         noise = [torch.randn(image.shape[1:], generator=g, device=image.device) for g in generators]
         image = image + deviation * torch.stack(noise)
+    if spec.channel_dropout:
+        drawn = _uniform(image.shape[1], keys, 4)
+        dropped = (drawn < spec.channel_dropout) & (drawn < drawn.amax(1, keepdim=True))  # the one drawn highest stays
+        image = image.masked_fill(dropped.to(image.device)[:, :, None, None, None], 0)
     return image
 
 

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from sparkmed import config
 from sparkmed.config import Augment
-from sparkmed.learning.augment import augment
+from sparkmed.learning.augment import augment, check
+from sparkmed.rejection import InputError
 
 ALL = Augment(flip=[0, 1, 2], rotate=20, scale=0.2, translate=2, elastic=2, gamma=0.3, brightness=0.1, contrast=0.1, noise=0.1)
 IDS = ["a", "b", "c"]
@@ -129,3 +131,129 @@ def test_intensity_changes_are_as_large_as_said():
     assert 0.8 <= bright.min() < 0.85 and 1.15 < bright.max() <= 1.2
     assert 0.7 <= contrast.min() < 0.75 and 1.25 < contrast.max() <= 1.3
     assert noise.min() < 0.1 and 0.4 < noise.max() < 0.52
+
+
+def waves(depth=8):
+    """Two samples of two channels (12, 10, depth) that differ from voxel to voxel, and labels 0 to 4."""
+    index = torch.arange(12 * 10 * 8).reshape(1, 1, 12, 10, 8)[..., :depth]
+    image = torch.cat([torch.sin(index * 0.37), torch.cos(index * 0.11)], 1)
+    return image.repeat(2, 1, 1, 1, 1), (index % 5).repeat(2, 1, 1, 1, 1)
+
+
+HIPPOCAMPUS = Augment(rotate=15, scale=0.2, translate=3, elastic=2, gamma=0.3, noise=0.1)
+PINNED = [
+    (ALL, 8, 1, 2, [-0.0626819, -0.5952943, -0.0384123, 0.5558105], [3, 1, 3, 1, 4, 4, 1, 2, 2, 4, 0, 2, 4, 4, 2, 4, 1, 2, 1, 1]),
+    (
+        HIPPOCAMPUS,
+        8,
+        0,
+        7,
+        [0.0752361, -0.5160401, -0.1329756, 0.2418086],
+        [1, 4, 4, 3, 1, 4, 1, 2, 0, 3, 2, 4, 0, 3, 0, 2, 2, 0, 4, 4],
+    ),
+    (ALL, 1, 0, 7, [0.2434173, -0.2165228, 0.2467453, 0.6354787], [2, 4, 1, 3, 0, 2, 4, 1, 3, 0, 2, 4, 1, 3, 0, 2, 4, 1, 3, 0]),
+]
+
+
+@pytest.mark.parametrize(("spec", "depth", "seed", "epoch", "values", "labels"), PINNED)
+def test_changes_are_those_that_models_were_trained_with(spec, depth, seed, epoch, values, labels):
+    out, truth = augment(*waves(depth), ["a", "b"], spec, seed, epoch)
+    k = 5 if depth == 8 else 0
+    assert torch.allclose(out[:, :, 3, 4, k].flatten(), torch.tensor(values), atol=1e-4)
+    assert truth[:, 0, 5, :, 3 if depth == 8 else 0].flatten().tolist() == labels
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(0, (5, 6, 6)), (1, (6, 5, 6)), (2, (6, 6, 5)), (2, (6, 6, 1))])
+def test_quarter_turns_move_voxels_and_labels_alike(axis, shape):
+    image, label = batch(shape)
+    plane = [a + 1 for a in range(3) if a != axis]
+    seen = []
+    for epoch in range(200):
+        out, truth = augment(image, label, IDS, Augment(rot90=[axis]), 0, epoch)
+        for i in range(3):
+            turns = [k for k in range(4) if torch.equal(out[i], image[i].rot90(k, plane))]
+            assert len(turns) == 1 and torch.equal(truth[i], label[i].rot90(turns[0], plane))
+            seen += turns
+    assert all(120 < seen.count(k) < 180 for k in range(4))
+
+
+def test_turns_about_all_axes_reach_every_orientation_of_a_cube():
+    image, label = batch((4, 4, 4), channels=1)
+    spec = Augment(rot90=[2, 0, 1, 1])  # neither order nor repeats matter
+    found = {augment(image[:1], None, [str(i)], spec, 0, 0)[0].numpy().tobytes() for i in range(300)}
+    assert len(found) == 24
+    assert torch.equal(augment(image, label, IDS, spec, 0, 3)[0], augment(image, label, IDS, Augment(rot90=[0, 1, 2]), 0, 3)[0])
+
+
+def test_turns_and_dropout_leave_the_other_changes_as_they_are():
+    image, label = batch((8, 8, 8))
+    spec = Augment(noise=0.3, gamma=0.2)
+    turned = augment(image, label, IDS, spec.model_copy(update={"rot90": (2,)}), 0, 0)[0]
+    plain = augment(augment(image, label, IDS, Augment(rot90=[2]), 0, 0)[0], None, IDS, spec, 0, 0)[0]
+    assert torch.equal(turned, plain)
+    dropped = augment(image, label, IDS, spec.model_copy(update={"channel_dropout": 0.5}), 0, 0)[0]
+    plain = augment(image, label, IDS, spec, 0, 0)[0]
+    kept = dropped.abs().amax((2, 3, 4)) > 0
+    assert not kept.all() and torch.equal(dropped[kept], plain[kept])
+
+
+@pytest.mark.parametrize(
+    "spec", [Augment(rot90=[2], channel_dropout=0.5), ALL.model_copy(update={"rot90": (2,), "channel_dropout": 0.3})]
+)
+def test_turns_and_dropout_are_a_function_of_seed_epoch_and_patch(spec):
+    image, label = batch((8, 8, 6))
+    for epoch in range(5):
+        whole, truth = augment(image, label, IDS, spec, 0, epoch)
+        reverse, turned = augment(image.flip(0), label.flip(0), IDS[::-1], spec, 0, epoch)
+        assert torch.allclose(reverse.flip(0), whole, atol=1e-5) and torch.equal(turned.flip(0), truth)
+        for i, name in enumerate(IDS):
+            alone, its = augment(image[i : i + 1], label[i : i + 1], [name], spec, 0, epoch)
+            assert torch.allclose(alone[0], whole[i], atol=1e-5) and torch.equal(its[0], truth[i])
+
+
+def test_channels_are_dropped_as_often_as_said_but_never_all():
+    image = torch.ones(200, 3, 2, 2, 2)
+    ids = [str(i) for i in range(200)]
+    for probability in (0.1, 0.5, 0.9):
+        out, _ = augment(image, None, ids, Augment(channel_dropout=probability), 0, 0)
+        assert set(out.unique().tolist()) == {0, 1}
+        kept = out.amax((2, 3, 4))
+        assert torch.equal(kept, out.amin((2, 3, 4))) and kept.sum(1).min() >= 1
+        expected = probability - probability**3 / 3  # of three dropped one comes back
+        assert abs(float(1 - kept.mean()) - expected) < 0.06
+        assert kept.sum(0).min() > 0.6 * kept.sum(0).max()
+
+
+def test_what_does_not_fit_the_samples_is_refused():
+    image, label = batch((6, 5, 6), channels=1)
+    with pytest.raises(InputError, match=r"rot90 about axis 2 wants equal edges there, got patches of \[6, 5, 6\] voxels"):
+        augment(image, label, IDS, Augment(rot90=[1, 2]), 0, 0)
+    with pytest.raises(InputError, match="two channels or more"):
+        augment(image, label, IDS, Augment(channel_dropout=0.1), 0, 0)
+    check(Augment(rot90=[1]), (1, 6, 5, 6))
+    check(Augment(channel_dropout=0.1), (2, 6, 5, 6))
+
+
+def test_a_config_that_cannot_be_is_refused_at_the_door():
+    least = {"name": "p", "task": "segmentation", "classes": ["background", "organ"], "archive": "a"}
+
+    def parse(**augmentation):
+        sections = {"train": {"augment": augmentation}, "patches": {"size": [32, 32, 16]}, "preprocess": {"channels": "gray"}}
+        return config.parse(least | sections)
+
+    assert parse(rot90=[2]).train.augment.rot90 == (2,)
+    with pytest.raises(InputError, match=r"rot90 about axis 0 wants patches of equal edges there, patches.size is \[32, 32, 16\]"):
+        parse(rot90=[2, 0])
+    with pytest.raises(InputError, match="train.augment.rot90"):
+        parse(rot90=[3])
+    with pytest.raises(InputError, match="channel_dropout wants two channels or more, preprocess.channels gray makes one"):
+        parse(channel_dropout=0.1)
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(InputError, match="train.augment.channel_dropout"):
+            parse(channel_dropout=wrong)
+
+
+def test_a_batch_of_nothing_stays_nothing():
+    image, label = batch()
+    out, truth = augment(image[:0], label[:0], [], ALL, 0, 0)
+    assert len(out) == len(truth) == 0
