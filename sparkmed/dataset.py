@@ -1,16 +1,23 @@
 """The patch dataset: what a row is, which file it goes to, and the JSON that describes it.
 
-Knows no engine. A dataset is a pure function of (volumes, config, seed): which volumes share a file, and in which order patches
-stand in it, are decided by hashes of what they are, never by partitions or time.
+Knows no engine. A dataset is a pure function of (volumes, config, seed): the patches of a split stand in the order of a hash of
+what they are, and its files and row groups are consecutive stretches of that order. It is made in two steps, which need little
+memory and give the same files whoever does what:
+
+    spills = [spill(some volumes, ...), spill(the others, ...), ...]   cut each volume once; runs of patches in order, on storage
+    for file in plan(spills, ...): write(file, ...)                    gather the stretches of the runs that make up a file
 """
 
-import hashlib
+import functools
 import io
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from hashlib import sha256
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +26,8 @@ import pyarrow.parquet as pq
 from sparkmed import formats, storage
 from sparkmed.config import Config, digest
 from sparkmed.formats.instance import VolumeHeader
-from sparkmed.imaging import labels, patches, preprocess
+from sparkmed.imaging import intensity, labels, patches, preprocess
+from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
 from sparkmed.rejection import InputError, Refused
 
@@ -27,6 +35,8 @@ DESCRIPTION = "_dataset.json"
 """Written last: a folder without it is not a dataset."""
 STAGE = "patches"
 FORMAT_VERSION = 1
+LAYOUT = "order of the whole split"
+"""Which rows stand where: other bytes under the same config want another word here, as it is part of the version."""
 
 
 @dataclass(frozen=True)
@@ -40,27 +50,54 @@ class Field:
 
 
 @dataclass(frozen=True)
-class FilePlan:
-    """A Parquet file to be: its path in the dataset, its split, the volumes that it is cut from, its largest row group."""
+class Run:
+    """Patches of one split in order, as :func:`spill` leaves them in a file: from byte ``start`` their index, then they."""
 
-    path: str
+    url: str
+    start: int
     split: str
-    volumes: tuple[dict, ...]
-    rows_per_group: int
+    keys: np.ndarray
+    """(patches,) uint64, rising."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a file came to hold."""
+class Spill:
+    """What became of some volumes."""
 
-    path: str
-    split: str
-    rows: int
-    bytes: int
+    runs: tuple[Run, ...]
     shortfall: dict[int, int]
     """Patches per class that were asked for and centred on another class instead."""
     refused: dict[str, Refused]
     """Volumes that could not be cut, by uid, and why."""
+
+
+class Stretch(NamedTuple):
+    """Consecutive patches of a run: where their part of the index begins, where the first patch does, how many they are."""
+
+    url: str
+    index: int
+    patches: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A Parquet file to be: its path in the dataset, its split, where its patches are, and how many go to a row group."""
+
+    path: str
+    split: str
+    stretches: tuple[Stretch, ...]
+    rows_per_group: int
+
+    @property
+    def rows(self) -> int:
+        return sum(s.rows for s in self.stretches)
+
+
+_INDEX = np.dtype([("key", "<u8"), ("volume", "<u4"), ("number", "<u4")])
+"""Of a patch in a run: its place in the order of the split, its volume (a position in :func:`numbered`), its number there."""
+_MOST_BYTES = 2**31 - 1
+"""Of a row group's column: Arrow counts them in 32 bits."""
 
 
 def fields(config: Config, channels: int) -> list[Field]:
@@ -74,7 +111,7 @@ def version(rows: Sequence[dict], config: Config) -> str:
     """Name of the dataset that these volumes give under this config: the first 16 hex digits of a digest."""
     volumes = sorted((r["uid"], r["label_uid"], r["target"], r["split"], r["subject"]) for r in rows)
     settings = (config.preprocess, config.patches, config.seed, config.classes, config.task)
-    return digest(FORMAT_VERSION, [list(v) for v in volumes], *settings)[:16]
+    return digest(FORMAT_VERSION, LAYOUT, [list(v) for v in volumes], *settings)[:16]
 
 
 def url(lake: str, name: str, version: str) -> str:
@@ -93,22 +130,14 @@ def channels(rows: Sequence[dict], config: Config) -> int:
     return 1 if config.preprocess.channels == "gray" else rows[0]["shape"][0]
 
 
-def plan(rows: Sequence[dict], config: Config) -> list[FilePlan]:
-    """Which volumes go to which file: in the order of a hash, so that every file is a random draw of its split."""
-    size = patch_bytes(config, channels(rows, config))
-    per_file = max(1, int(config.patches.file_mb * 1e6 / size))
-    plans = []
-    for split in ("train", "val", "test"):
-        members = sorted((r for r in rows if r["split"] == split), key=lambda r: _order(config.seed, r["uid"]))
-        counts = [patch_count(r, config) for r in members]
-        least = min(len(members), -(-config.patches.row_groups // 4))  # several files even of a small split: a task writes one
-        groups = _chunks(members, counts, min(per_file, math.ceil(sum(counts) / max(1, least))))
-        for i, group in enumerate(groups):
-            patches_here = sum(patch_count(r, config) for r in group)
-            by_bytes = max(1, int(config.patches.row_group_mb * 1e6 / size))
-            by_groups = max(1, patches_here * len(groups) // config.patches.row_groups)
-            plans.append(FilePlan(f"split={split}/part-{i:05d}.parquet", split, tuple(group), min(by_bytes, by_groups)))
-    return plans
+def numbered(rows: Iterable[dict]) -> list[tuple[int, dict]]:
+    """Volumes with the numbers they go by in spills, whatever the order of ``rows``."""
+    return list(enumerate(sorted(rows, key=lambda r: r["uid"])))
+
+
+def order_key(seed: int, patch_id: str) -> int:
+    """Where a patch stands in its split: the first 64 bits of a hash; patches of one key stand in the order of their volumes."""
+    return int.from_bytes(sha256(f"{seed}/{patch_id}".encode()).digest()[:8], "big")
 
 
 def patch_bytes(config: Config, channels: int) -> int:
@@ -125,65 +154,204 @@ def patch_count(row: dict, config: Config) -> int:
     return len(patches.grid(shape, config.patches.size, config.patches.overlap))
 
 
-def cut(row: dict, config: Config) -> tuple[list[dict], dict[int, int]]:
-    """The patches of one volume as rows, and how many of each class fell short. Raises :class:`Refused` on unreadable pixels."""
-    image = formats.read_volume(VolumeHeader.from_row(row))
+def weight(row: dict, config: Config) -> float:
+    """Bytes that are moved to cut a volume: what tasks are packed by."""
+    return 4.0 * math.prod(row["shape"]) + patch_count(row, config) * patch_bytes(config, channels([row], config))
+
+
+class Patch(NamedTuple):
+    """``number`` of the patch in its volume, (C, I, J, K) float32 image, (I, J, K) label of a segmentation."""
+
+    number: int
+    image: np.ndarray
+    label: np.ndarray | None
+
+
+def patch_id(uid: str, number: int) -> str:
+    return f"{uid}-{number:05d}"
+
+
+def cut(row: dict, config: Config) -> tuple[Iterator[Patch], dict[int, int]]:
+    """The patches of one volume, cut one at a time as they are asked for, and how many of each class fell short.
+
+    The image is held with its stored type, or float32 when it is resampled; intensities are scaled patch by patch, to the
+    values that :func:`~sparkmed.imaging.preprocess.apply` gives. Raises :class:`Refused` on unreadable pixels, before any patch.
+    """
+    header, spec = VolumeHeader.from_row(row), config.preprocess
+    image = preprocess.place(formats.read_volume(header), spec).array
+    scale = functools.partial(intensity.scaled, scales=intensity.scales(image, spec.intensity))
+    truth = None
     if config.task == "segmentation":
-        label = read_label(row, image)
-        image, label = preprocess.apply(image, config.preprocess, label)
-        truth = label.array[0]
-    else:
-        image, truth = preprocess.apply(image, config.preprocess), None
-    spatial = image.array.shape[1:]
-    sampler = _sampler(row["split"], config)
-    if sampler == "grid":
-        places, shortfall = patches.grid(spatial, config.patches.size, config.patches.overlap), {}
+        stored = Grid(np.reshape(header.affine, (4, 4)), header.shape[1:])
+        truth = preprocess.place_label(read_label(row, stored), spec).array[0]
+    spatial, shortfall = image.shape[1:], {}
+    if _sampler(row["split"], config) == "grid":
+        places = patches.grid(spatial, config.patches.size, config.patches.overlap)
     else:
         seed = f"{config.seed}/{row['uid']}"
         places, shortfall = patches.sample(spatial, config.patches, seed, truth, len(config.classes))
-    facts = {"subject": row["subject"], "volume": row["uid"]}
-    out = []
-    for n, place in enumerate(places):
-        patch = {"patch_id": f"{row['uid']}-{n:05d}", **facts, "image": patches.extract(image.array, place).astype(np.float32)}
-        if truth is None:
-            patch["target"] = row["target"]
-        else:
-            patch["label"] = patches.extract(truth, place).astype(_label_dtype(config))
-        out.append(patch)
-    return out, shortfall
+    return _patches(image, scale, truth, np.dtype(_label_dtype(config)), places), shortfall
 
 
-def read_label(row: dict, image: Volume) -> Volume:
+def _patches(image, scale, truth, label_dtype, places) -> Iterator[Patch]:
+    for number, place in enumerate(places):
+        label = None if truth is None else patches.extract(truth, place).astype(label_dtype)
+        yield Patch(number, patches.extract(image, place, change=scale), label)
+
+
+def read_label(row: dict, image: Placed) -> Volume:
     """The label image of a volume row, on the image's axes."""
-    import json
-
     label = formats.read_volume(VolumeHeader.from_row(json.loads(row["label"])))
     return labels.on_grid(label, image.affine, image.spatial_shape)
 
 
-def write(plan: FilePlan, config: Config, channels: int, dataset_url: str) -> Written:
-    """Cut the volumes of one file and write it: rows in the order of a hash, row groups as planned, the same bytes every time."""
-    rows, shortfall, refused = [], Counter(), {}
-    for volume in plan.volumes:
-        try:
-            found, short = cut(volume, config)
-        except Refused as e:
-            refused[volume["uid"]] = e
+def spill(volumes: Iterable[tuple[int, dict]], config: Config, channels: int, url: str) -> Spill:
+    """Cut ``volumes`` (with their numbers) into runs of patches, all in the file ``url``.
+
+    At most ``patches.file_mb`` of patches are held, and one volume.
+    """
+    runs, shortfall, refused = [], Counter(), {}
+    most = max(1, int(config.patches.file_mb * 1e6 / patch_bytes(config, channels)))
+    with storage.open(url, "wb") as file:
+        for split, members in groupby(sorted(volumes, key=lambda v: (v[1]["split"], v[0])), key=lambda v: v[1]["split"]):
+            waiting: list[tuple[tuple[int, int, int], Patch]] = []
+            for volume, row in members:
+                try:
+                    found, short = cut(row, config)
+                except Refused as e:
+                    refused[row["uid"]] = e
+                    continue
+                shortfall.update(short)
+                for patch in found:
+                    waiting.append(((order_key(config.seed, patch_id(row["uid"], patch.number)), volume, patch.number), patch))
+                    if len(waiting) == most:
+                        runs.append(_run(waiting, file, url, split))
+                        waiting = []
+            if waiting:
+                runs.append(_run(waiting, file, url, split))
+    return Spill(tuple(runs), dict(shortfall), refused)
+
+
+def _run(waiting: list[tuple[tuple[int, int, int], Patch]], file, url: str, split: str) -> Run:
+    waiting.sort(key=lambda w: w[0])
+    index, start = np.array([w[0] for w in waiting], _INDEX), file.tell()
+    file.write(index.tobytes())
+    for _, patch in waiting:
+        for array in (patch.image, patch.label):
+            if array is not None:
+                file.write(_npy_header(array.dtype, array.shape))
+                file.write(np.ascontiguousarray(array).data)
+    return Run(url, start, split, index["key"].copy())
+
+
+def plan(spills: Sequence[Spill], config: Config, channels: int) -> list[FilePlan]:
+    """The files of the dataset: the order of each split, cut into stretches of equal numbers of patches.
+
+    The same files whatever volumes share a spill.
+    """
+    record, plans = _record_bytes(config, channels), []
+    size = patch_bytes(config, channels)
+    for split in ("train", "val", "test"):
+        runs = [run for s in spills for run in s.runs if run.split == split]
+        if not runs:
             continue
-        shortfall.update(short)
-        rows += [_encoded(r) for r in found]
-    rows.sort(key=lambda r: _order(config.seed, r["patch_id"]))
+        keys = np.sort(np.concatenate([run.keys for run in runs]))
+        total = len(keys)
+        least = min(total, -(-config.patches.row_groups // 4))  # several files even of a small split: a task writes one
+        files = max(least, math.ceil(total * size / (config.patches.file_mb * 1e6)))
+        by_bytes = max(1, int(min(config.patches.row_group_mb * 1e6, _MOST_BYTES) / record))
+        rows_per_group = min(by_bytes, max(1, total // config.patches.row_groups))
+        inner = keys[[total * f // files for f in range(1, files)]]
+        ends = [[0, *np.searchsorted(run.keys, inner).tolist(), len(run.keys)] for run in runs]
+        for f in range(files):
+            stretches = tuple(
+                Stretch(run.url, run.start + a * _INDEX.itemsize, run.start + len(run.keys) * _INDEX.itemsize + a * record, b - a)
+                for run, (a, b) in zip(runs, (e[f : f + 2] for e in ends), strict=True)
+                if b > a
+            )
+            if stretches:
+                plans.append(FilePlan(f"split={split}/part-{f:05d}.parquet", split, stretches, rows_per_group))
+    return plans
+
+
+def write(plan: FilePlan, facts: Sequence[tuple[str, str, int | None]], config: Config, channels: int, dataset_url: str):
+    """Write one file, a row group in memory at a time.
+
+    ``facts`` are (uid, subject, target) of the volumes by their numbers.
+    """
     schema = arrow_schema(fields(config, channels))
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(
-        buffer, schema, compression=config.patches.compression, use_dictionary=False, write_statistics=False
-    ) as out:
-        for start in range(0, len(rows), plan.rows_per_group):
-            group = pa.Table.from_pylist(rows[start : start + plan.rows_per_group], schema)
-            out.write_table(group, row_group_size=plan.rows_per_group)
-    if rows:
-        storage.write_bytes(storage.join(dataset_url, plan.path), buffer.getvalue())
-    return Written(plan.path, plan.split, len(rows), buffer.tell(), dict(shortfall), refused)
+    wanted = [(s.url, s.index, s.index + s.rows * _INDEX.itemsize) for s in plan.stretches]
+    index = np.concatenate([np.frombuffer(part, _INDEX) for part in storage.read_ranges(wanted)])
+    stretch = np.repeat(np.arange(len(plan.stretches)), [s.rows for s in plan.stretches])
+    position = np.concatenate([np.arange(s.rows) for s in plan.stretches])
+    order = np.lexsort((index["number"], index["volume"], index["key"]))
+    with (
+        storage.writing(storage.join(dataset_url, plan.path)) as file,
+        pq.ParquetWriter(file, schema, compression=config.patches.compression, use_dictionary=False, write_statistics=False) as out,
+    ):
+        for start in range(0, len(order), plan.rows_per_group):
+            rows = order[start : start + plan.rows_per_group]
+            arrays = _gathered(plan.stretches, stretch[rows], position[rows], config, channels)
+            table = pa.table(_columns(index[rows], facts, arrays, config), schema=schema)
+            out.write_table(table, row_group_size=len(rows))
+
+
+def _gathered(stretches, stretch: np.ndarray, position: np.ndarray, config: Config, channels: int) -> list[np.ndarray]:
+    """Rows of a group, each given by its stretch and its position there: (rows, bytes) uint8 for each array column.
+
+    A row group is a part of the order, and so is a run: what a stretch gives to the group lies side by side in it.
+    """
+    sizes = _payload_bytes(config, channels)
+    record = sum(sizes)
+    by_stretch = np.argsort(stretch, kind="stable")
+    parts = np.split(by_stretch, np.flatnonzero(np.diff(stretch[by_stretch])) + 1)
+    wanted = []
+    for part in parts:
+        first = stretches[stretch[part[0]]].patches + int(position[part[0]]) * record
+        wanted.append((stretches[stretch[part[0]]].url, first, first + len(part) * record))
+    arrays = [np.empty((len(stretch), size), np.uint8) for size in sizes]
+    for part, data in zip(parts, storage.read_ranges(wanted), strict=True):
+        block, begin = np.frombuffer(data, np.uint8).reshape(len(part), record), 0
+        for array, size in zip(arrays, sizes, strict=True):
+            array[part] = block[:, begin : begin + size]
+            begin += size
+    return arrays
+
+
+def _columns(index: np.ndarray, facts, arrays: list[np.ndarray], config: Config) -> list[pa.Array]:
+    """In the order of :func:`fields`."""
+    volumes = [facts[v] for v in index["volume"].tolist()]
+    ids = [patch_id(uid, n) for (uid, _, _), n in zip(volumes, index["number"].tolist(), strict=True)]
+    columns = [pa.array(ids), pa.array([v[1] for v in volumes]), pa.array([v[0] for v in volumes])]
+    for array in arrays:
+        ends = np.arange(len(array) + 1, dtype=np.int32) * array.shape[1]
+        columns.append(pa.Array.from_buffers(pa.binary(), len(array), [None, pa.py_buffer(ends), pa.py_buffer(array)]))
+    if config.task == "classification":
+        columns.append(pa.array([v[2] for v in volumes], pa.int64()))
+    return columns
+
+
+def _payloads(config: Config, channels: int) -> list[Field]:
+    return [f for f in fields(config, channels) if f.codec == "ndarray"]
+
+
+def _payload_bytes(config: Config, channels: int) -> list[int]:
+    """Bytes of a row in each array column: the header of ``numpy.save`` and the values."""
+    found = [(np.dtype(f.dtype), f.shape) for f in _payloads(config, channels)]
+    return [len(_npy_header(dtype, shape)) + dtype.itemsize * math.prod(shape) for dtype, shape in found]
+
+
+def _record_bytes(config: Config, channels: int) -> int:
+    return sum(_payload_bytes(config, channels))
+
+
+@functools.lru_cache
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What ``numpy.save`` writes before the values of an array in C order."""
+    stream = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
 
 
 def arrow_schema(columns: Sequence[Field]) -> pa.Schema:
@@ -191,12 +359,15 @@ def arrow_schema(columns: Sequence[Field]) -> pa.Schema:
     return pa.schema([pa.field(f.name, pa.binary() if f.codec == "ndarray" else kinds[f.dtype], nullable=False) for f in columns])
 
 
-def description(config: Config, rows: Sequence[dict], written: Sequence[Written], lineage: dict) -> dict[str, Any]:
+def description(
+    config: Config, rows: Sequence[dict], spills: Sequence[Spill], plans: Sequence[FilePlan], lineage: dict
+) -> dict[str, Any]:
     """What :func:`describe` gives back."""
     counts, shortfall = Counter(), Counter()
-    for w in written:
-        counts[w.split] += w.rows
-        shortfall.update({config.classes[c]: n for c, n in w.shortfall.items()})
+    for p in plans:
+        counts[p.split] += p.rows
+    for s in spills:
+        shortfall.update({config.classes[c]: n for c, n in s.shortfall.items()})
     subjects = {split: len({r["subject"] for r in rows if r["split"] == split}) for split in counts}
     return {
         "format_version": FORMAT_VERSION,
@@ -209,21 +380,11 @@ def description(config: Config, rows: Sequence[dict], written: Sequence[Written]
         "counts": dict(counts),
         "subjects": subjects,
         "shortfall": dict(shortfall),
-        "refused": {uid: [e.reason, e.message] for w in written for uid, e in sorted(w.refused.items())},
-        "files": {w.path: w.rows for w in sorted(written, key=lambda w: w.path) if w.rows},
+        "refused": {uid: [e.reason, e.message] for s in spills for uid, e in s.refused.items()},
+        "files": {p.path: p.rows for p in plans},
         "fields": [f.__dict__ | {"shape": list(f.shape)} for f in fields(config, channels(rows, config))],
         **lineage,
     }
-
-
-def _encoded(row: dict) -> dict:
-    out = dict(row)
-    for name, value in row.items():
-        if isinstance(value, np.ndarray):
-            buffer = io.BytesIO()
-            np.save(buffer, np.ascontiguousarray(value))
-            out[name] = buffer.getvalue()
-    return out
 
 
 def _sampler(split: str, config: Config) -> str:
@@ -232,19 +393,3 @@ def _sampler(split: str, config: Config) -> str:
 
 def _label_dtype(config: Config) -> str:
     return "uint8" if len(config.classes) <= 256 else "int32"
-
-
-def _order(seed: int, identity: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{identity}".encode()).digest()
-
-
-def _chunks(members: list[dict], counts: list[int], most: int) -> list[list[dict]]:
-    """Consecutive members in groups of at most ``most`` patches (a volume is never divided)."""
-    groups, filled = [], 0
-    for member, count in zip(members, counts, strict=True):
-        if not groups or filled + count > most:
-            groups.append([])
-            filled = 0
-        groups[-1].append(member)
-        filled += count
-    return groups

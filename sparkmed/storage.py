@@ -1,11 +1,13 @@
 """The one place where URLs are opened: any fsspec URL, and plain local paths."""
 
+import contextlib
 import json
 import os
 import pathlib
 import posixpath
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
@@ -164,15 +166,31 @@ def read_bytes(url: str) -> bytes:
 
 def write_bytes(url: str, data: bytes):
     """Write a whole file or nothing: a reader never sees half of it."""
+    if local_path(url) is not None:
+        with writing(url) as f:
+            f.write(data)
+        return
+    fs, path = filesystem(url)
+    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    fs.pipe_file(path, data)  # object stores show an object when its last byte is there
+
+
+@contextlib.contextmanager
+def writing(url: str):
+    """A file object for a whole file, which is there when the block ends, and not when the block raises."""
     fs, path = filesystem(url)
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
     if local_path(url) is None:
-        fs.pipe_file(path, data)  # object stores show an object when its last byte is there
+        with tempfile.TemporaryDirectory() as folder:
+            partial = os.path.join(folder, "partial")
+            with open(partial, "wb") as f:
+                yield f
+            fs.put_file(partial, path)
         return
     partial = f"{posixpath.dirname(path)}/.{posixpath.basename(path)}.{uuid.uuid4().hex}.partial"
     try:
-        with fs.open(partial, "wb") as f:
-            f.write(data)
+        with open(partial, "wb") as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -180,6 +198,28 @@ def write_bytes(url: str, data: bytes):
         if os.path.exists(partial):
             os.remove(partial)
         raise
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """The bytes from ``start`` to before ``end`` of files of one storage: (url, start, end) each. A remote one is asked at once.
+
+    Raises :class:`EOFError` where a file is shorter.
+    """
+    found: list[bytes] = []
+    if ranges and local_path(ranges[0][0]) is None:
+        urls, starts, ends = zip(*ranges, strict=True)
+        fs, _ = filesystem(urls[0])
+        found = fs.cat_ranges([filesystem(u)[1] for u in urls], list(starts), list(ends), on_error="raise")
+    else:
+        with contextlib.ExitStack() as opened:
+            files = {url: opened.enter_context(open(url)) for url in dict.fromkeys(url for url, _, _ in ranges)}
+            for url, start, end in ranges:
+                files[url].seek(start)
+                found.append(files[url].read(end - start))
+    for (url, start, end), data in zip(ranges, found, strict=True):
+        if len(data) != end - start:
+            raise EOFError(f"{url}: {len(data)} bytes at {start}, wanted {end - start}")
+    return found
 
 
 def read_json(url: str) -> Any:

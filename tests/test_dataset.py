@@ -1,6 +1,9 @@
+import hashlib
 import io
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +12,8 @@ from archives import ct_config, ct_pairs
 
 from sparkmed import config, dataset, formats, storage
 from sparkmed.formats import archive, series
-from sparkmed.imaging import geometry
+from sparkmed.formats.instance import VolumeHeader
+from sparkmed.imaging import geometry, patches, preprocess
 from sparkmed.rejection import InputError, Rejection
 
 
@@ -38,53 +42,203 @@ def settings(tmp_path, **patches):
     return config.parse(plain | {"patches": plain["patches"] | patches})
 
 
-def decoded(payload):
-    return np.load(io.BytesIO(payload), allow_pickle=False)
+def made(rows, s, folder, groups=1):
+    """Spills, plans and files in the order of their paths, of ``groups`` groups of volumes."""
+    volumes = dataset.numbered(rows)
+    facts = [(r["uid"], r["subject"], r["target"]) for _, r in volumes]
+    (folder / "spilled").mkdir(parents=True)
+    spills = [dataset.spill(volumes[i::groups], s, 1, str(folder / "spilled" / str(i))) for i in range(groups)]
+    plans = dataset.plan(spills, s, 1)
+    for p in plans[::-1]:
+        dataset.write(p, facts, s, 1, str(folder))
+    return spills, plans, {p.path: (folder / p.path).read_bytes() for p in plans}
 
 
-def test_the_plan_takes_every_volume_once_and_keeps_splits_apart(rows, tmp_path):
-    for file_mb in (0.01, 0.2, 100):
-        plan = dataset.plan(rows, settings(tmp_path, file_mb=file_mb))
-        assert sorted(v["uid"] for p in plan for v in p.volumes) == sorted(r["uid"] for r in rows)
-        assert all({v["split"] for v in p.volumes} == {p.split} for p in plan)
-        assert len({p.path for p in plan}) == len(plan)
+def table(data):
+    return pq.read_table(io.BytesIO(data)).to_pylist()
 
 
-def test_the_plan_does_not_depend_on_the_order_of_the_table(rows, tmp_path):
-    s = settings(tmp_path, file_mb=0.05)
-    assert dataset.plan(rows, s) == dataset.plan(rows[::-1], s)
+def key(seed, row):
+    return hashlib.sha256(f"{seed}/{row['patch_id']}".encode()).hexdigest()
+
+
+def test_the_version_does_not_depend_on_the_order_of_the_table(rows, tmp_path):
+    s = settings(tmp_path)
     assert dataset.version(rows, s) == dataset.version(rows[::-1], s)
     assert dataset.version(rows, s) != dataset.version(rows[1:], s)
 
 
+@pytest.mark.parametrize("file_mb", [0.03, 0.2, 100])
+def test_the_bytes_do_not_depend_on_who_cuts_which_volumes(rows, tmp_path, file_mb):
+    s = settings(tmp_path, file_mb=file_mb, row_groups=3)
+    found = []
+    for groups, given in [(1, rows), (2, rows[::-1]), (7, rows[3:] + rows[:3])]:
+        _, plans, files = made(given, s, tmp_path / str(groups), groups)
+        found.append((files, dataset.description(s, given, [], plans, {})))
+    assert found[0] == found[1] == found[2]
+    if file_mb == 0.03:
+        assert len(found[0][0]) > 6
+
+
+def test_rows_of_a_split_stand_in_the_order_of_a_hash(rows, tmp_path):
+    s = settings(tmp_path, file_mb=0.1, row_groups=2)
+    _, _, files = made(rows, s, tmp_path / "d", 2)
+    for split in ("train", "val", "test"):
+        order = [key(s.seed, r) for path in sorted(files) if f"split={split}" in path for r in table(files[path])]
+        assert len(order) >= 4 and order == sorted(set(order))
+    first = table(files["split=train/part-00000.parquet"])
+    assert len({r["volume"] for r in first}) > 1, "a file is a draw of all volumes"
+
+
+def test_the_seed_is_another_order(rows, tmp_path):
+    s = settings(tmp_path)
+    other = s.model_copy(update={"seed": 1})
+    assert made(rows, s, tmp_path / "a")[2] != made(rows, other, tmp_path / "b")[2]
+    assert dataset.version(rows, s) != dataset.version(rows, other)
+
+
 def test_there_are_row_groups_for_every_rank(rows, tmp_path):
-    s = settings(tmp_path, row_groups=3)
-    groups = {"train": 0, "val": 0, "test": 0}
-    for p in dataset.plan(rows, s):
-        dataset.write(p, s, 1, str(tmp_path / "d"))
-        groups[p.split] += pq.ParquetFile(tmp_path / "d" / p.path).num_row_groups
-    assert all(n >= 3 for n in groups.values()), groups
+    for wanted in (1, 3, 5, 16, 1000):
+        _, plans, files = made(rows, settings(tmp_path, row_groups=wanted), tmp_path / str(wanted))
+        for split, count in {"train": 16, "val": 4, "test": 4}.items():
+            groups = [pq.ParquetFile(io.BytesIO(files[p.path])).metadata for p in plans if p.split == split]
+            assert sum(g.num_rows for g in groups) == count
+            assert sum(g.num_row_groups for g in groups) >= min(wanted, count)
 
 
-def test_a_file_holds_what_was_planned(rows, tmp_path):
+def test_row_groups_and_files_have_the_size_in_bytes(rows, tmp_path):
+    patch = 16**3 * 5 / 1e6
+    s = settings(tmp_path, row_groups=1, row_group_mb=3.5 * patch, file_mb=7.5 * patch)
+    _, plans, files = made(rows, s, tmp_path / "d")
+    assert [p.rows for p in plans if p.split == "train"] == [5, 5, 6]
+    for data in files.values():
+        meta = pq.ParquetFile(io.BytesIO(data)).metadata
+        assert max(meta.row_group(g).num_rows for g in range(meta.num_row_groups)) == 3
+
+
+def test_a_row_is_a_patch_of_its_volume(rows, tmp_path):
     s = settings(tmp_path, row_groups=2)
-    (plan,) = [p for p in dataset.plan(rows, s) if p.split == "train"]
-    written = dataset.write(plan, s, 1, str(tmp_path / "d"))
-    table = pq.read_table(tmp_path / "d" / plan.path, partitioning=None).to_pylist()
-    assert written.rows == len(table) == 16
-    assert len({r["patch_id"] for r in table}) == 16
-    assert all(decoded(r["image"]).shape == (1, 16, 16, 16) and decoded(r["label"]).dtype == np.uint8 for r in table)
-    volumes = [r["volume"] for r in table]
-    assert volumes != sorted(volumes), "rows of different volumes are mixed"
+    _, _, files = made(rows, s, tmp_path / "d", 3)
+    found = {r["patch_id"]: r for data in files.values() for r in table(data)}
+    assert len(found) == 24
+    for row in rows:
+        image = formats.read_volume(VolumeHeader.from_row(row))
+        image, label = preprocess.apply(image, s.preprocess, dataset.read_label(row, image))
+        if row["split"] == "train":
+            places, _ = patches.sample(image.spatial_shape, s.patches, f"{s.seed}/{row['uid']}", label.array[0], len(s.classes))
+        else:
+            places = patches.grid(image.spatial_shape, s.patches.size)
+        for n, place in enumerate(places):
+            written = found[f"{row['uid']}-{n:05d}"]
+            assert (written["subject"], written["volume"]) == (row["subject"], row["uid"])
+            assert written["image"] == npy(patches.extract(image.array, place))
+            assert written["label"] == npy(patches.extract(label.array[0], place))
 
 
-def test_a_volume_that_cannot_be_read_is_refused_and_the_others_stay(rows, tmp_path):
-    s = settings(tmp_path, row_groups=2)
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def test_a_volume_smaller_than_a_patch_is_padded_with_0_after_scaling(rows, tmp_path):
+    s = settings(tmp_path, size=[32, 16, 16], row_groups=1)
+    found, _ = dataset.cut(rows[0], s)
+    for patch in found:
+        assert patch.image.dtype == np.float32 and patch.image.shape == (1, 32, 16, 16)
+        assert not patch.image[:, :4].any() and not patch.image[:, -4:].any() and patch.image[:, 4:-4].any()
+
+
+def test_a_volume_that_cannot_be_read_loses_only_its_own_patches(rows, tmp_path):
+    s = settings(tmp_path, row_groups=4, file_mb=0.1)
+    whole = {r["patch_id"]: r for data in made(rows, s, tmp_path / "whole")[2].values() for r in table(data)}
     broken = rows[0] | {"sources": [rows[0]["sources"][0].replace("s00", "gone")]}
-    (plan,) = [p for p in dataset.plan([broken, *rows[1:]], s) if p.split == "train"]
-    written = dataset.write(plan, s, 1, str(tmp_path / "d"))
-    assert written.rows == 12
-    assert list(written.refused) == [broken["uid"]]
+    spills, plans, files = made([broken, *rows[1:]], s, tmp_path / "broken", 2)
+    left = {r["patch_id"]: r for data in files.values() for r in table(data)}
+    assert left == {i: r for i, r in whole.items() if r["volume"] != broken["uid"]}
+    said = dataset.description(s, rows, spills, plans, {})
+    assert said["refused"] == {broken["uid"]: ["UNREADABLE", "the file cannot be read: FileNotFoundError"]}
+    assert said["counts"] == {"train": 12, "val": 4, "test": 4} and sum(said["files"].values()) == 20
+    groups = [pq.ParquetFile(io.BytesIO(d)).num_row_groups for p, d in files.items() if "train" in p]
+    assert sum(groups) >= 4
+
+
+def test_a_shortfall_is_said(rows, tmp_path):
+    s = settings(tmp_path, sampler="balanced", class_weights=[1, 0, 0], per_volume=4).model_copy(
+        update={"classes": ("background", "liver", "kidneys", "spleen")}
+    )
+    s = s.model_copy(update={"patches": s.patches.model_copy(update={"class_weights": (1, 0, 0, 1)})})
+    spills, plans, _ = made(rows, s, tmp_path / "d", 3)
+    assert dataset.description(s, rows, spills, plans, {})["shortfall"] == {"spleen": 8}
+
+
+def test_the_files_on_a_remote_store_are_the_same(rows, tmp_path):
+    s = settings(tmp_path, row_groups=4, file_mb=0.1)
+    local = made(rows, s, tmp_path / "d")[2]
+    volumes = dataset.numbered(rows)
+    facts = [(r["uid"], r["subject"], r["target"]) for _, r in volumes]
+    spills = [dataset.spill(volumes[i::2], s, 1, f"memory://writer/spilled/{i}") for i in range(2)]
+    for p in dataset.plan(spills, s, 1):
+        dataset.write(p, facts, s, 1, "memory://writer")
+        assert storage.read_bytes(f"memory://writer/{p.path}") == local.pop(p.path)
+    assert not local
+
+
+def test_a_spill_that_lost_its_end_is_an_error(rows, tmp_path):
+    s = settings(tmp_path)
+    volumes = dataset.numbered(rows)
+    spilled = tmp_path / "spilled"
+    plans = dataset.plan([dataset.spill(volumes, s, 1, str(spilled))], s, 1)
+    with open(spilled, "r+b") as f:
+        f.truncate(spilled.stat().st_size - 1)
+    with pytest.raises(EOFError, match="wanted"):
+        for p in plans:
+            dataset.write(p, [(r["uid"], r["subject"], None) for _, r in volumes], s, 1, str(tmp_path / "d"))
+    assert not [f for f in (tmp_path / "d").rglob("*partial")]
+
+
+def runs(draw):
+    """Spills of made-up keys, dealt out at random; a split has few patches or many."""
+    seed = draw(st.integers(0, 2**32))
+    rng = np.random.default_rng(seed)
+    counts = {"train": draw(st.integers(1, 300)), "val": draw(st.integers(0, 7))}
+    few_keys = draw(st.booleans())
+    found = []
+    for split, n in counts.items():
+        keys = rng.integers(0, 5 if few_keys else 2**64, n, dtype=np.uint64)
+        for i, part in enumerate(np.split(keys, np.sort(rng.integers(0, n + 1, draw(st.integers(0, 6)))))):
+            if len(part):
+                found.append(dataset.Run(f"memory://{split}{i}", 1000 * i, split, np.sort(part)))
+    rng.shuffle(found)
+    return counts, [dataset.Spill((run,), {}, {}) for run in found]
+
+
+@hypothesis.given(st.data(), st.floats(0.02, 5), st.floats(0.02, 5), st.integers(1, 40))
+@hypothesis.settings(deadline=None, max_examples=100)
+def test_every_patch_goes_to_one_file_and_files_are_consecutive(data, file_mb, row_group_mb, row_groups):
+    counts, spills = data.draw(st.composite(runs)())
+    cutting = {"size": [16, 16, 16], "file_mb": file_mb, "row_group_mb": row_group_mb, "row_groups": row_groups}
+    s = config.parse(ct_config("a", "b") | {"patches": cutting})
+    by_url = {run.url: run for spill in spills for run in spill.runs}
+    plans = dataset.plan(spills, s, 1)
+    record = 16**3 * 5 + 128 + 128
+    for split, count in counts.items():
+        taken, highest = {url: 0 for url, run in by_url.items() if run.split == split}, 0
+        of_split = [p for p in plans if p.split == split]
+        assert sum(p.rows for p in of_split) == count
+        for p in of_split:
+            keys = []
+            for url, index, first, rows in p.stretches:
+                run = by_url[url]
+                assert index == run.start + 16 * taken[url] and first == run.start + 16 * len(run.keys) + record * taken[url]
+                keys += run.keys[taken[url] : taken[url] + rows].tolist()
+                taken[url] += rows
+            assert min(keys) >= highest
+            highest = max(keys)
+        assert taken == {url: len(by_url[url].keys) for url in taken}
+        if len({k for url in taken for k in by_url[url].keys.tolist()}) == count:
+            assert max((p.rows for p in of_split), default=0) - min((p.rows for p in of_split), default=0) <= 1
+            assert sum(-(-p.rows // p.rows_per_group) for p in of_split) >= min(count, row_groups)
 
 
 def test_an_unfinished_dataset_is_refused(tmp_path):
@@ -103,19 +257,20 @@ def test_image_and_label_of_a_ct_series_agree(shared_data, tmp_path):
     plain = ct_config(source, tmp_path / "lake", classes=classes)
     cutting = {"size": [64, 64, 16], "sampler": "foreground"}
     s = config.parse(plain | {"preprocess": {"orientation": "RAS", "intensity": {"kind": "none"}}, "patches": cutting})
-    patches, _ = dataset.cut(row, s)
+    found, _ = dataset.cut(row, s)
+    found = list(found)
     image = formats.read_volume(next(iter(series_files.values())))
     ras = geometry.reorient(image, "RAS")
     canonical = nib.as_closest_canonical(truth)
     np.testing.assert_allclose(ras.affine, canonical.affine, atol=1e-3)
     labels = np.asarray(canonical.dataobj)
-    assert len(patches) == 8
-    assert sum((p["label"] > 0).any() for p in patches) >= 5  # two thirds are centred on an organ
-    for patch in patches:
-        places = _found(ras.array[0], patch["image"][0])
+    assert len(found) == 8
+    assert sum((p.label > 0).any() for p in found) >= 5  # two thirds are centred on an organ
+    for patch in found:
+        places = _found(ras.array[0], patch.image[0])
         assert len(places) == 1
         i, j, k = places[0]
-        np.testing.assert_array_equal(patch["label"], labels[i : i + 64, j : j + 64, k : k + 16])
+        np.testing.assert_array_equal(patch.label, labels[i : i + 64, j : j + 64, k : k + 16])
 
 
 def _found(array, patch):

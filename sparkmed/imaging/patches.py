@@ -6,7 +6,7 @@ and is centred and padded where it is smaller.
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,15 +98,22 @@ def generator(key: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")))
 
 
-def extract(array: np.ndarray, location: PatchLocation, pad_value: float = 0) -> np.ndarray:
-    """A copy of the patch: (C, *size) of (C, I, J, K), or size of (I, J, K); ``pad_value`` beyond the edges."""
+def extract(
+    array: np.ndarray, location: PatchLocation, pad_value: float = 0, change: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """A copy of the patch: (C, *size) of (C, I, J, K), or size of (I, J, K); ``pad_value`` beyond the edges.
+
+    ``change`` is applied to what lies inside, before padding, and keeps its shape.
+    """
     if array.ndim not in (3, 4):
         raise ValueError(f"array is (C, I, J, K) or (I, J, K); got shape {array.shape}")
     inside, target = _overlap(array.shape[-3:], location)
+    found = array[(..., *inside)]
+    found = found.copy() if change is None else change(found)
     if target == tuple(slice(0, s) for s in location.size):
-        return array[(..., *inside)].copy()
-    patch = np.full((*array.shape[:-3], *location.size), pad_value, array.dtype)
-    patch[(..., *target)] = array[(..., *inside)]
+        return found
+    patch = np.full((*array.shape[:-3], *location.size), pad_value, found.dtype)
+    patch[(..., *target)] = found
     return patch
 
 

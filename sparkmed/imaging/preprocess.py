@@ -22,14 +22,27 @@ def apply(volume: Volume, spec: Preprocess, label: Volume | None = None) -> Volu
     another orientation than the image. Raises :class:`Refused` ``CHANNELS``, ``NOT_FINITE``, ``VOXEL_TYPE``,
     ``SINGLETON_AXIS``, ``TOO_LARGE`` or ``LABEL_GRID_MISMATCH``.
     """
-    grid = output_grid(volume, spec)
-    image = volume.with_array(_gray(volume.array)) if spec.channels == "gray" else volume
-    image = _placed(image, spec, grid, order=1)
+    image = place(volume, spec)
     image = image.with_array(intensity.normalise(image.array, spec.intensity))
     if label is None:
         return image
-    label = labels.on_grid(label, volume.affine, volume.spatial_shape)
-    return image, _placed(label, spec, grid, order=0)
+    return image, place_label(labels.on_grid(label, volume.affine, volume.spatial_shape), spec)
+
+
+def place(volume: Volume, spec: Preprocess) -> Volume:
+    """The image of :func:`apply` before its intensities are scaled: stored values where nothing was interpolated.
+
+    Called with the only reference to the image, it holds no more of them than the step at hand needs.
+    """
+    grid = output_grid(volume, spec)
+    if spec.channels == "gray":
+        volume = volume.with_array(_gray(volume.array))
+    return _placed(volume, spec, grid, order=1)
+
+
+def place_label(label: Volume, spec: Preprocess) -> Volume:
+    """A label that is on the grid of its image, on the grid of :func:`place`."""
+    return _placed(label, spec, output_grid(label, spec), order=0)
 
 
 def output_grid(grid: Placed, spec: Preprocess) -> Grid:

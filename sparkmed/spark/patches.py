@@ -1,5 +1,6 @@
 """Volumes to patches: a Petastorm dataset, written by the executors with pyarrow; no pixel passes through the JVM."""
 
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -8,39 +9,72 @@ import numpy as np
 from petastorm.codecs import NdarrayCodec, ScalarCodec
 from petastorm.etl.dataset_metadata import materialize_dataset
 from petastorm.unischema import Unischema, UnischemaField
+from pyspark import RDD
 from pyspark.sql import SparkSession
 from pyspark.sql.types import LongType, StringType
 
 from sparkmed import dataset, storage
 from sparkmed.config import Config
 from sparkmed.rejection import InputError
+from sparkmed.spark import session
+
+TASK_BYTES = 512e6
+"""Of voxels and patches that one task reads and cuts."""
 
 
 def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: dict) -> str:
     """The URL of the dataset of these volumes, written now unless it is there already; its description names refused volumes.
 
-    It is written beside its place and moved there when Petastorm's metadata and the description are complete.
+    It is written beside its place and moved there when Petastorm's metadata and the description are complete. Until then
+    the patches lie there twice, once uncompressed.
     """
     url = dataset.url(config.lake, config.name, dataset.version(rows, config))
     if storage.exists(storage.join(url, dataset.DESCRIPTION)):
         return url
     unfinished = f"{url}.writing-{uuid.uuid4().hex[:8]}"
-    storage.makedirs(unfinished)
-    plans, channels = dataset.plan(rows, config), dataset.channels(rows, config)
+    spilled = storage.join(unfinished, "_spilled")
+    storage.makedirs(spilled)
+    volumes, channels = dataset.numbered(rows), dataset.channels(rows, config)
+    facts = [(r["uid"], r["subject"], r["target"]) for _, r in volumes]
     try:
         with materialize_dataset(
             spark, unfinished, unischema(config, channels), row_group_size_mb=max(1, int(config.patches.row_group_mb))
         ):
-            tasks = spark.sparkContext.parallelize(plans, len(plans))
-            written = tasks.map(lambda p: dataset.write(p, config, channels, unfinished)).collect()
-            _require_patches(written)
-        storage.write_json(storage.join(unfinished, dataset.DESCRIPTION), dataset.description(config, rows, written, lineage))
+            tasks = _on_executors(spark, _packed(spark, volumes, config))
+            # a name for each attempt: of two that run at once, one counts
+            cut = tasks.map(lambda v: dataset.spill(v, config, channels, storage.join(spilled, uuid.uuid4().hex))).collect()
+            _require_patches(rows, cut)
+            plans = dataset.plan(cut, config, channels)
+            _on_executors(spark, plans).foreach(lambda p: dataset.write(p, facts, config, channels, unfinished))
+            _keep_only({p.path for p in plans}, unfinished)
+        described = dataset.description(config, rows, cut, plans, lineage)
+        storage.write_json(storage.join(unfinished, dataset.DESCRIPTION), described)
         _publish(unfinished, url)
     except BaseException:
         if storage.exists(unfinished):
             storage.remove(unfinished, recursive=True)
         raise
     return url
+
+
+def _on_executors(spark: SparkSession, items: list) -> RDD:
+    """One task for each item."""
+    return spark.sparkContext.parallelize(items, len(items))
+
+
+def _packed(spark: SparkSession, volumes: list[tuple[int, dict]], config: Config) -> list[list[tuple[int, dict]]]:
+    """Volumes in groups for one task each: several tasks per slot, and none that moves much more than :data:`TASK_BYTES`."""
+    weights = [dataset.weight(row, config) for _, row in volumes]
+    tasks = max(4 * spark.sparkContext.defaultParallelism, math.ceil(sum(weights) / TASK_BYTES))
+    return session.packed(volumes, weights, tasks)
+
+
+def _keep_only(paths: set[str], unfinished: str):
+    """Remove runs, and what attempts left that were killed."""
+    storage.remove(storage.join(unfinished, "_spilled"), recursive=True)
+    for file in list(storage.walk(unfinished)):
+        if file.path not in paths:
+            storage.remove(file.uri)
 
 
 def unischema(config: Config, channels: int) -> Unischema:
@@ -56,10 +90,10 @@ def unischema(config: Config, channels: int) -> Unischema:
     return Unischema("Patches", columns)
 
 
-def _require_patches(written: Sequence[dataset.Written]):
-    empty = {w.split for w in written} - {w.split for w in written if w.rows}
+def _require_patches(rows: Sequence[dict], spills: Sequence[dataset.Spill]):
+    empty = {r["split"] for r in rows} - {run.split for s in spills for run in s.runs}
     if empty:
-        reasons = [f"{e.reason}, {e.message}" for w in written for e in w.refused.values()]
+        reasons = [f"{e.reason}, {e.message}" for s in spills for _, e in sorted(s.refused.items())]
         raise InputError(f"split {' and '.join(sorted(empty))} has no patch: every volume was refused ({reasons[0]})")
 
 
