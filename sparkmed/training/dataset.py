@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.dataset as pads
 
 from sparkmed import storage
 from sparkmed.dataset import DESCRIPTION, Field
 from sparkmed.rejection import InputError
 from sparkmed.training.cache import FileCache, version
+
+_PARQUET = pads.ParquetFileFormat()
 
 
 class DatasetError(InputError):
@@ -108,17 +110,15 @@ class PatchDataset:
             raise DatasetError(f"dataset {self.url}: {self.rows} patches, {DESCRIPTION} says {wanted}; rows by file: {found}")
 
     @contextlib.contextmanager
-    def _open(self, path: str) -> Iterator[pq.ParquetFile]:
+    def _open(self, path: str) -> Iterator[pads.ParquetFileFragment]:
         url = storage.join(self.url, path)
-        local = storage.local_path(url)
+        local, copied = storage.local_path(url), self._versions.get(path)
         if local:
-            with pq.ParquetFile(str(local)) as file:
-                yield file
-            return
-        copied = self._versions.get(path)
-        source = self._cache.open(url, self._sizes[path], copied) if copied else storage.open(url)
-        with source, pq.ParquetFile(source) as file:
-            yield file
+            source = pa.OSFile(str(local))
+        else:
+            source = self._cache.open(url, self._sizes[path], copied) if copied else storage.open(url)
+        with source:
+            yield _PARQUET.make_fragment(source)
 
     def _copied(self, files: list[str]) -> list[str]:
         """The remote files that fit in the cache together: to swap whole files in and out for a row group each would be slower."""
@@ -157,10 +157,11 @@ class PatchDataset:
                         f"dataset {self.url}: {block.path} changed while it was being read: it had row groups of "
                         f"{[n for n, _ in self._groups[block.path]]} rows, now {[n for n, _ in groups]}"
                     )
-                missing = sorted(set(columns) - set(file.schema_arrow.names))
+                missing = sorted(set(columns) - set(file.physical_schema.names))
                 if missing:
                     raise DatasetError(f"dataset {self.url}: {block.path} has no column {', '.join(missing)}")
-                table = file.read_row_group(block.row_group, columns=columns, use_threads=False)
+                group = file.subset(row_group_ids=[block.row_group])
+                table = group.to_table(columns=columns, use_threads=False, memory_pool=_memory_pool())
         except (OSError, pa.ArrowException) as e:
             raise DatasetError(f"{where}: {_line(e)}") from None
         if table.num_rows != block.rows:
@@ -171,9 +172,14 @@ class PatchDataset:
             raise DatasetError(f"{where}: {_line(e)}") from None
 
 
-def _groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
+def _memory_pool() -> pa.MemoryPool:
+    """mimalloc where Arrow has it: row groups come and go, and jemalloc gives their pages back each time (1/3 of the speed)."""
+    return pa.mimalloc_memory_pool() if "mimalloc" in pa.supported_memory_backends() else pa.default_memory_pool()
+
+
+def _groups(file: pads.ParquetFileFragment) -> list[tuple[int, int]]:
     """(rows, bytes before compression) of each row group."""
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     return [(g.num_rows, g.total_byte_size) for g in groups]
 
 

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from sparkmed.rejection import InputError
-from sparkmed.training.dataset import Block, PatchDataset, Payloads, blocks_bytes
+from sparkmed.training.dataset import Block, PatchDataset, blocks_bytes
 
 READERS = 2
 """Threads that read row groups ahead, beside the one that makes batches."""
+
+
+SMALL = 32768
+"""Bytes of a payload below which a second copy costs less than a step of a Python loop."""
 
 
 class Order:
@@ -23,7 +27,7 @@ class Order:
 
     Blocks are shuffled and laid into windows of at most ``window_bytes`` (one block at least); rows are shuffled within a window.
     So reading stays local: whoever walks the order holds the blocks of one window at a time, of two when a batch spans them.
-    Within a global batch samples are sorted by block, so that a rank, which takes a stretch of it, needs few blocks of a window.
+    A global batch is sorted by block and row, so that a rank, which takes a stretch of it, needs few blocks of a window.
     """
 
     def __init__(self, blocks: Sequence[Block], seed: int, epoch: int, shuffle: bool, window_bytes: float):
@@ -61,7 +65,7 @@ class Order:
             while len(pending) < high - low:
                 pending, window, skipped = np.concatenate([pending, self.rows(window)[skipped:]]), window + 1, 0
             batch, pending = pending[: high - low], pending[high - low :]
-            batch = batch[np.argsort(batch[:, 0], kind="stable")]
+            batch = batch[np.lexsort((batch[:, 1], batch[:, 0]))]
             first, last = rank * len(batch) // world_size, (rank + 1) * len(batch) // world_size
             finished = int(np.searchsorted(self.ends, high, "right"))
             yield Step(batch[first:last], high, high - low, finished)
@@ -211,10 +215,12 @@ class PatchLoader:
                     ahead.append(upcoming)
                     upcoming = next(steps, None)
                 step = ahead.popleft()
-                held = {b: reading[b].result() for b in np.unique(step.samples[:, 0]).tolist()}
+                edges = np.flatnonzero(np.diff(step.samples[:, 0], prepend=-1))
+                runs = [(run[0, 0].item(), run[:, 1]) for run in np.split(step.samples, edges[1:]) if len(run)]
+                held = {b: reading[b].result() for b, _ in runs}
                 if kept is not None:
                     kept.update(held)
-                yield step.end, self._collate([(held[b], row) for b, row in step.samples.tolist()], step.total)
+                yield step.end, self._collate([(held[b], rows) for b, rows in runs], step.total)
                 for window in order.windows[finished : step.finished]:
                     for b in window:
                         if reading.pop(b, None) is not None:
@@ -223,29 +229,43 @@ class PatchLoader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _collate(self, samples: list[tuple[dict, int]], total: int) -> dict:
-        n, size = len(samples), self.batch_size
+    def _collate(self, runs: list[tuple[dict, np.ndarray]], total: int) -> dict:
+        """The batch of (columns of a row group, rows of it); one copy from row group to batch."""
+        n, size = sum(len(rows) for _, rows in runs), self.batch_size
         batch: dict = {}
         for field in self.dataset.fields:
-            if field.codec == "ndarray":
-                tensor = torch.empty((size, *field.shape), dtype=_torch_dtype(field.dtype), pin_memory=self.pin_memory)
-                array = tensor.numpy()
-                payload = array.reshape(size, -1).view(np.uint8)
-                for i, (columns, row) in enumerate(samples):
-                    column: Payloads = columns[field.name]
-                    payload[i] = column.matrix[row]
-                array[n:] = 0
-                batch[field.name] = tensor
-            elif field.dtype == "str":
-                batch[field.name] = [columns[field.name][row] for columns, row in samples] + [""] * (size - n)
-            else:
-                values = [columns[field.name][row] for columns, row in samples]
-                batch[field.name] = torch.from_numpy(np.array(values + [0] * (size - n), field.dtype))
+            parts = [(columns[field.name], rows) for columns, rows in runs]
+            if field.dtype == "str":
+                batch[field.name] = [column[r] for column, rows in parts for r in rows.tolist()] + [""] * (size - n)
+                continue
+            shape = field.shape if field.codec == "ndarray" else ()
+            tensor = torch.empty((size, *shape), dtype=_torch_dtype(field.dtype), pin_memory=self.pin_memory)
+            array = tensor.numpy()
+            array[n:] = 0
+            filled = 0
+            for column, rows in parts:
+                if field.codec == "ndarray":
+                    _copy(column.matrix, rows, array[filled : filled + len(rows)].reshape(len(rows), -1).view(np.uint8))
+                else:
+                    array[filled : filled + len(rows)] = column[rows]
+                filled += len(rows)
+            batch[field.name] = tensor
         if "label" in batch:
             batch["label"] = batch["label"].reshape(size, 1, *batch["label"].shape[-3:])
         weight = torch.zeros(size)
         weight[:n] = 1
         return batch | {"weight": weight, "total": torch.tensor(float(total))}
+
+
+def _copy(matrix: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    """``out[:] = matrix[rows]`` for ascending rows, with one copy where that counts."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        out[:] = matrix[rows[0] : rows[-1] + 1]
+    elif matrix.shape[1] < SMALL:
+        out[:] = matrix[rows]
+    else:
+        for target, row in zip(out, rows.tolist(), strict=True):
+            target[:] = matrix[row]
 
 
 def _torch_dtype(name: str) -> torch.dtype:
