@@ -27,6 +27,7 @@ _ALIGNED = 1e-3  # voxels: grids whose axes drift less than this over the whole 
 _SAME_SPACING = 1e-3  # relative: a spacing so close to the wanted one is left, and stays as it is in the affine
 _MOST_VOXELS = 2**31
 _BLOCK = 1 << 20  # voxels interpolated at a time on oblique grids
+_SLAB = 16  # planes interpolated at a time on parallel grids
 
 
 def to_spacing(volume: Volume, spacing: tuple[float, float, float], order: int = 1) -> Volume:
@@ -115,14 +116,18 @@ def _onto(volume: Volume, grid: Grid, order: int, cval: float | None) -> Volume:
 
 def _real(channel: np.ndarray) -> np.ndarray:
     """(I, J, K) float32, every value finite: one that is not would spread to its neighbours."""
+    _require_real(channel)
+    return np.ascontiguousarray(channel, np.float32)
+
+
+def _require_real(channel: np.ndarray):
     if channel.dtype.kind not in "biuf":
         raise Refused("VOXEL_TYPE", f"voxels of type {channel.dtype} are not numbers on one scale")
-    with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(channel, np.float32)
-    if channel.dtype.kind == "f" and not np.isfinite(values).all():
-        broken = np.count_nonzero(~np.isfinite(values))
-        raise Refused("NOT_FINITE", f"{broken} voxels are infinite, not a number, or beyond float32")
-    return values
+    if channel.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            broken = sum(int(np.count_nonzero(~np.isfinite(p.astype(np.float32, copy=False)))) for p in channel)
+        if broken:
+            raise Refused("NOT_FINITE", f"{broken} voxels are infinite, not a number, or beyond float32")
 
 
 def _parallel(to_source: np.ndarray, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
@@ -155,18 +160,47 @@ def _separable(array, to_source, axes, shape, order, cval) -> np.ndarray:
         weights = [_smooth_linear(x, n, f) for x, n, f in zip(positions, array.shape[1:], factors, strict=True)]
         todo = [a for a in range(3) if not _is_identity(weights[a])]
         todo.sort(key=lambda a: weights[a].shape[0] / weights[a].shape[1])  # what shrinks first saves work later
-        picked = np.empty((len(array), *(len(x) for x in positions)), np.float32)
-        for c, channel in enumerate(array):
-            values = _real(channel)
-            for axis in todo:
-                values = _along(values, weights[axis], axis)
-            picked[c] = values
+        channels = [_interpolated(channel, weights, todo) for channel in array]
+        picked = channels[0][None] if len(channels) == 1 else np.stack(channels)
     if cval is not None:
         for axis, out in enumerate(outside):
             if out.any():
                 picked[(slice(None),) * (1 + axis) + (out,)] = cval
     back = tuple(1 + axes.index(o) for o in range(3))
     return np.ascontiguousarray(picked.transpose(0, *back))
+
+
+def _interpolated(channel: np.ndarray, weights: list[sparse.csr_array], todo: list[int]) -> np.ndarray:
+    """``weights`` (m, n) of the axes ``todo`` applied in this order to (I, J, K); float32, held once beside the channel.
+
+    A pass along one axis treats the lines along it each for itself. So the first two go slab by slab across a third axis, and a
+    third one slab by slab in the memory of its own input.
+    """
+    _require_real(channel)
+    if not todo:
+        return np.ascontiguousarray(channel, np.float32)
+    across = todo[2] if len(todo) == 3 else next(a for a in (0, 1, 2) if a not in todo)
+    halfway = [weights[a].shape[0] if a in todo[:2] else n for a, n in enumerate(channel.shape)]
+    final = [weights[a].shape[0] if a in todo else n for a, n in enumerate(channel.shape)]
+    memory = np.empty(max(math.prod(halfway), math.prod(final)), np.float32)
+    if across == 0:
+        both = memory.reshape(-1, *final[1:])
+        values, result = both[: halfway[0]], both[: final[0]]
+    else:  # in at the end, out at the front: what is written stays behind what is yet to be read
+        values = memory[len(memory) - math.prod(halfway) :].reshape(halfway)
+        result = memory[: math.prod(final)].reshape(final)
+    for start in range(0, channel.shape[across], _SLAB):
+        slab = (slice(None),) * across + (slice(start, start + _SLAB),)
+        part = np.ascontiguousarray(channel[slab], np.float32)
+        for axis in todo[:2]:
+            part = _along(part, weights[axis], axis)
+        values[slab] = part
+    if len(todo) == 3:
+        along = 1 if across == 0 else 0
+        for start in range(0, final[along], _SLAB):
+            slab = (slice(None),) * along + (slice(start, start + _SLAB),)
+            result[slab] = _along(values[slab], weights[across], across)
+    return result
 
 
 def _oblique(array, to_source, shape, order, cval) -> np.ndarray:
