@@ -63,6 +63,31 @@ def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
     assert [f.path for f in storage.walk(str(tmp_path))] == ["deep/file"]
 
 
+@pytest.mark.parametrize("store", ["memory://streams", "local"])
+def test_a_streamed_file_is_whole_or_not_there(tmp_path, store):
+    url = storage.join(str(tmp_path) if store == "local" else store, "deep", "file")
+    with pytest.raises(RuntimeError), storage.writing(url) as f:
+        f.write(b"half")
+        raise RuntimeError
+    assert not storage.exists(url)
+    with storage.writing(url) as f:
+        f.write(b"whole")
+    assert storage.read_bytes(url) == b"whole"
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == (["file"] if store == "local" else [])
+
+
+@pytest.mark.parametrize("store", ["memory://ranges", "local"])
+def test_ranges_come_in_the_order_asked_for_and_whole(tmp_path, store):
+    urls = [storage.join(str(tmp_path) if store == "local" else store, name) for name in "ab"]
+    for url, data in zip(urls, (b"0123456789", b"abcdef"), strict=True):
+        storage.write_bytes(url, data)
+    a, b = urls
+    assert storage.read_ranges([(b, 2, 4), (a, 7, 10), (b, 0, 1), (a, 3, 3)]) == [b"cd", b"789", b"a", b""]
+    assert storage.read_ranges([]) == []
+    with pytest.raises(EOFError, match="3 bytes at 3, wanted 4"):
+        storage.read_ranges([(a, 0, 2), (b, 3, 7)])
+
+
 def test_urls_of_other_file_systems():
     storage.write_bytes("memory://bucket/a/b.txt", b"x")
     assert storage.read_bytes("memory://bucket/a/b.txt") == b"x"

@@ -27,6 +27,32 @@ def test_zscore_is_blind_to_scale_and_offset(offset, scale, dtype):
         np.testing.assert_allclose(result.std(axis=(1, 2, 3)), 1, atol=3e-3)
 
 
+@pytest.mark.parametrize("spec", KINDS)
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32, np.float64, np.int32])
+def test_a_part_is_scaled_as_in_the_whole(spec, dtype):
+    array = np.random.default_rng(0).normal(90, 30, (2, 9, 110, 1200)).astype(dtype).transpose(0, 3, 2, 1)
+    whole = intensity.normalise(array, spec)
+    part = (slice(None), slice(3, 50), slice(None), slice(2, 4))
+    np.testing.assert_array_equal(intensity.scaled(array[part], intensity.scales(array, spec)), whole[part])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_zscore_in_blocks_is_that_of_the_whole(order):
+    """More voxels than a block, not a multiple of one: the bits of numpy's own mean and deviation."""
+    array = np.random.default_rng(0).normal(40, 300, (131, 101, 97)).astype(np.int16).transpose(order)
+    values = array.astype(np.float32)
+    mean = values.mean(dtype=np.float64)
+    deviation = np.sqrt(np.square(values - np.float32(mean)).mean(dtype=np.float64))
+    expected = (values - np.float32(mean)) / np.float32(deviation)
+    np.testing.assert_array_equal(intensity.normalise(array[None], Intensity())[0], expected)
+
+
+def test_percentiles_of_small_integers_far_apart_do_not_wrap():
+    array = np.array([-30000, 30000], np.int16).repeat(500).reshape(1, 10, 10, 10)
+    spec = Intensity(kind="percentile", low=20, high=49.99)
+    np.testing.assert_array_equal(intensity.normalise(array, spec), intensity.normalise(array.astype(np.float32), spec))
+
+
 def test_each_channel_has_its_own_scale():
     array = np.stack([np.arange(8.0), 1000 * np.arange(8.0)]).reshape(2, 2, 2, 2)
     result = intensity.normalise(array, Intensity())

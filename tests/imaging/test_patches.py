@@ -237,3 +237,11 @@ def test_stitching_says_what_is_missing():
 def test_extract_wants_an_image():
     with pytest.raises(ValueError, match="got shape"):
         patches.extract(np.zeros((3, 3)), PatchLocation((0, 0, 0), (1, 1, 1)))
+
+
+def test_values_are_changed_before_they_are_padded():
+    array = np.arange(8, dtype=np.int16).reshape(1, 2, 2, 2)
+    patch = patches.extract(array, PatchLocation((-1, 0, 0), (4, 2, 2)), change=lambda values: values + np.float32(0.5))
+    assert patch.dtype == np.float32
+    np.testing.assert_array_equal(patch[0, 1:3], array[0] + 0.5)
+    assert not patch[0, [0, 3]].any()
