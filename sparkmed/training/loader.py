@@ -1,5 +1,6 @@
 """PatchLoader: each patch of a dataset exactly once per epoch, in an order that no rank, thread or machine changes."""
 
+import itertools
 import queue
 import threading
 from collections import deque
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparkmed.rejection import InputError
+from sparkmed.training.cache import FileCache
 from sparkmed.training.dataset import Block, PatchDataset, blocks_bytes
 
 READERS = 2
@@ -20,6 +22,10 @@ READERS = 2
 
 SMALL = 32768
 """Bytes of a payload below which a second copy costs less than a step of a Python loop."""
+
+
+HANDFUL = 1 << 20
+"""Bytes of images that change hands at once: each time costs a switch of threads."""
 
 
 class Order:
@@ -81,6 +87,15 @@ class Step:
     total: int
     finished: int
 
+    def runs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(block, its rows) of each block in turn."""
+        if not len(self.samples):
+            return
+        blocks, rows = self.samples.T
+        edges = [0, *(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1).tolist(), len(blocks)]
+        for first, last in itertools.pairwise(edges):
+            yield blocks[first].item(), rows[first:last]
+
 
 class PatchLoader:
     """Batches of a patch dataset for one rank of ``world_size``; each patch once per epoch over all ranks.
@@ -96,7 +111,8 @@ class PatchLoader:
     ``split`` None is all splits. ``window_mb`` is how much is shuffled together; it decides the order. ``memory_mb`` bounds what is
     held of the dataset, read ahead included, and decides no more than speed: a split that fits is read once and kept, else blocks
     are read anew each epoch (what one batch needs is held in any case); up to two batches wait besides. ``pin_memory`` makes
-    batches in page-locked memory, for a GPU. Sizes are those before compression. Raises :class:`DatasetError`, an
+    batches in page-locked memory, for a GPU. ``cache`` keeps copies of remote files (None: as :class:`FileCache` does by itself).
+    Sizes are those before compression. Raises :class:`DatasetError`, an
     :class:`InputError`, that names the file when a dataset is not what its schema and footers say: here, or while iterating, but
     never a shorter epoch.
     """
@@ -113,13 +129,14 @@ class PatchLoader:
         window_mb: float = 64.0,
         memory_mb: float = 512.0,
         pin_memory: bool = False,
+        cache: FileCache | None = None,
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or seed < 0:
             raise InputError(
                 f"PatchLoader wants batch_size >= 1, 0 <= rank < world_size, seed >= 0; got batch_size {batch_size}, rank {rank}, "
                 f"world_size {world_size}, seed {seed}"
             )
-        self.dataset = PatchDataset(url, split)
+        self.dataset = PatchDataset(url, split, cache)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self.pin_memory = pin_memory
@@ -176,7 +193,7 @@ class PatchLoader:
         self._position, self._resume = start, None
         order = Order(self.dataset.blocks, self.seed, self.epoch, self.shuffle, self._window_bytes)
         steps = order.steps(start, self.batch_size, self.rank, self.world_size)
-        ready: queue.Queue = queue.Queue(1)  # one waits here, one is being made
+        ready: queue.Queue = queue.Queue(1)  # one batch waits here, one is being made; or a handful of small ones
         stop = threading.Event()
         maker = threading.Thread(target=_produce, args=(self._batches(order, steps), ready, stop), daemon=True, name="patch-reader")
         maker.start()
@@ -187,10 +204,10 @@ class PatchLoader:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                self._position, batch = item
-                del item  # who holds a batch is the consumer alone
-                yield batch
-                del batch
+                while item:
+                    self._position, batch = item.popleft()
+                    yield batch
+                    del batch  # who holds it is the consumer alone
         finally:
             stop.set()
             maker.join()
@@ -205,7 +222,7 @@ class PatchLoader:
         try:
             while upcoming or ahead:
                 while upcoming:
-                    needed = [b for b in np.unique(upcoming.samples[:, 0]).tolist() if b not in reading]
+                    needed = [b for b, _ in upcoming.runs() if b not in reading]
                     size = sum(blocks[b].bytes for b in needed)
                     if ahead and (size > room or len(ahead) >= 1000):
                         break
@@ -215,8 +232,7 @@ class PatchLoader:
                     ahead.append(upcoming)
                     upcoming = next(steps, None)
                 step = ahead.popleft()
-                edges = np.flatnonzero(np.diff(step.samples[:, 0], prepend=-1))
-                runs = [(run[0, 0].item(), run[:, 1]) for run in np.split(step.samples, edges[1:]) if len(run)]
+                runs = list(step.runs())
                 held = {b: reading[b].result() for b, _ in runs}
                 if kept is not None:
                     kept.update(held)
@@ -252,8 +268,8 @@ class PatchLoader:
             batch[field.name] = tensor
         if "label" in batch:
             batch["label"] = batch["label"].reshape(size, 1, *batch["label"].shape[-3:])
-        weight = torch.zeros(size)
-        weight[:n] = 1
+        weight = torch.ones(size)
+        weight[n:] = 0
         return batch | {"weight": weight, "total": torch.tensor(float(total))}
 
 
@@ -279,7 +295,7 @@ def _done(value) -> Future:
 
 
 def _produce(batches: Generator, ready: queue.Queue, stop: threading.Event) -> None:
-    """Thread: put batches, then None, or the exception that ended them, until told to stop."""
+    """Thread: put batches, small ones by the handful, then None, or the exception that ended them, until told to stop."""
 
     def put(item) -> bool:
         while not stop.is_set():
@@ -290,12 +306,21 @@ def _produce(batches: Generator, ready: queue.Queue, stop: threading.Event) -> N
                 continue
         return False
 
+    handful: deque = deque()
+    size = 0
     try:
-        for batch in batches:
-            if not put(batch):
-                return
+        for position, batch in batches:
+            handful.append((position, batch))
+            size += batch["image"].nbytes
+            del batch
+            if size >= HANDFUL:
+                if not put(handful):
+                    return
+                handful, size = deque(), 0
+        put(handful)
         put(None)
-    except BaseException as e:  # it belongs to the consumer
+    except BaseException as e:  # it belongs to the consumer, behind what is whole
+        put(handful)
         put(e)
     finally:
         batches.close()

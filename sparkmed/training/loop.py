@@ -17,9 +17,11 @@ from sparkmed import storage
 from sparkmed.config import PLACE_KEYS, Config, Train, digest
 from sparkmed.learning import losses, metrics, networks
 from sparkmed.learning.augment import augment
+from sparkmed.learning.augment import check as check_augment
 from sparkmed.learning.model import DatasetReference, Model, ModelSpec
 from sparkmed.rejection import InputError
 from sparkmed.training import checkpoint
+from sparkmed.training.cache import FileCache
 from sparkmed.training.comm import Comm, LocalComm
 from sparkmed.training.dataset import PatchDataset
 from sparkmed.training.loader import PatchLoader
@@ -69,7 +71,9 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
                 group["lr"] = learning_rate(train, comm.size, epoch + before / feed.dataset.rows)
             state.optimizer.zero_grad(set_to_none=True)
             for part in _parts(feed.to_device(batch, device), train):
-                image, label = augment(part["image"], part.get("label"), part["patch_id"], train.augment, config.seed, epoch)
+                image, label = augment.augment(
+                    part["image"], part.get("label"), part["patch_id"], train.augment, config.seed, epoch
+                )
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     output = forward(image.contiguous(memory_format=layout))
                 values = loss_of(_in_full(output), part["target"] if label is None else label)
@@ -136,6 +140,7 @@ def check(config: Config, dataset: PatchDataset) -> None:
         raise InputError(f"dataset {dataset.url} is for {meta.get('task')}, the config is for {config.task}")
     if tuple(meta.get("classes", config.classes)) != config.classes:
         raise InputError(f"dataset {dataset.url} has classes {list(meta['classes'])}, the config {list(config.classes)}")
+    check_augment(config.train.augment, dataset.field("image").shape)
 
 
 def run_identity(config: Config, dataset: PatchDataset) -> str:
@@ -165,9 +170,10 @@ def _stop(config: Config, history: list[dict]) -> str | None:
 
 
 def _loader(config: Config, url: str, comm: Comm, device: torch.device, split: str, batch_size: int) -> PatchLoader:
+    train = config.train
     return PatchLoader(
-        url, batch_size, comm.rank, comm.size, config.seed, shuffle=split == "train", split=split,
-        memory_mb=config.train.memory_mb, pin_memory=device.type == "cuda",
+        url, batch_size, comm.rank, comm.size, config.seed, shuffle=split == "train", split=split, memory_mb=train.memory_mb,
+        pin_memory=device.type == "cuda", cache=FileCache(train.cache_dir, train.cache_gb),
     )  # fmt: skip
 
 

@@ -167,10 +167,10 @@ def test_the_reader_thread_ends_with_its_iterator(uneven):
 
 def test_a_slow_consumer_gets_everything(uneven):
     rng = np.random.default_rng(0)
-    for _ in range(20):
+    for i in range(200):
         names = []
-        for batch in PatchLoader(uneven, batch_size=5):
-            time.sleep(rng.choice([0, 0, 0.003]))
+        for batch in PatchLoader(uneven, batch_size=5, memory_mb=(0, 0.003, 512)[i % 3]):
+            time.sleep(rng.choice([0, 0, 0, 0.002]))
             names += real([batch])
         assert len(set(names)) == len(names) == 51
 

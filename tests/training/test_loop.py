@@ -11,6 +11,7 @@ from sparkmed.learning.model import Model
 from sparkmed.rejection import InputError
 from sparkmed.training import checkpoint, loop
 from sparkmed.training.loop import TrainingError
+from sparkmed.training.state import State
 
 from . import datasets
 
@@ -210,3 +211,62 @@ def test_bfloat16_and_channels_last_learn_as_float32_does(balls, tmp_path):
     rounded = loop.fit(project(channels_last=True, precision="bfloat16"), balls, str(tmp_path / "b"))["history"]
     for a, b in zip(plain, rounded, strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=0.03)
+
+
+DROPOUT = {"name": "UNet", "channels": [4, 8], "strides": [2], "norm": "batch", "dropout": 0.2}
+
+
+def stopped_at(step, settings, url, folder, monkeypatch):
+    """Train until the process is gone in the middle of step ``step``."""
+    original = State.average_weights
+
+    def average(self, ema):
+        if self.step == step:
+            raise KeyboardInterrupt
+        return original(self, ema)
+
+    with monkeypatch.context() as m:
+        m.setattr(State, "average_weights", average)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(settings, url, folder)
+
+
+def test_a_run_interrupted_within_an_epoch_ends_with_the_weights_it_would_have_had(balls, tmp_path, monkeypatch):
+    settings = project(epochs=3, ema=0.9, network=DROPOUT, checkpoint_steps=2)
+    whole = loop.fit(
+        settings.model_copy(update={"train": project(epochs=3, ema=0.9, network=DROPOUT).train}), balls, str(tmp_path / "whole")
+    )
+    folder = str(tmp_path / "killed")
+    for step in (8, 13):  # of five in an epoch: the checkpoints are at 8 and 12
+        stopped_at(step, settings, balls, folder, monkeypatch)
+    assert checkpoint.present(folder + "/checkpoints")[-1].progress == (2, 8)
+    newest = pathlib.Path(checkpoint.present(folder + "/checkpoints")[-1].url.removeprefix("file://"))
+    newest.write_bytes(b"half")
+    with pytest.warns(UserWarning, match="passed over"):
+        resumed = loop.fit(settings, balls, folder)
+    assert same(last_weights(tmp_path / "whole"), last_weights(tmp_path / "killed"))
+    for a, b in zip(whole["history"], resumed["history"], strict=True):
+        assert {k: a[k] for k in ("lr", "samples", "val_metric", "val_loss")} == {
+            k: b[k] for k in ("lr", "samples", "val_metric", "val_loss")
+        }
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-12)
+    assert [c.position for c in checkpoint.present(folder + "/checkpoints")][-1] is None
+
+
+def test_gradients_of_several_batches_are_those_of_one(balls, tmp_path):
+    one = loop.fit(project(scale_lr="none"), balls, str(tmp_path / "one"))["history"]
+    several = loop.fit(project(scale_lr="none", batch_size=1, accumulate=4), balls, str(tmp_path / "several"))["history"]
+    assert [r["train_loss"] for r in several] == pytest.approx([r["train_loss"] for r in one], abs=1e-6)
+    assert same(last_weights(tmp_path / "one"), last_weights(tmp_path / "several"), 1e-5)
+
+
+def test_half_precision_without_a_gpu_is_float32(balls, tmp_path):
+    for name, precision in (("a", "float32"), ("b", "float16")):
+        loop.fit(project(epochs=1, precision=precision), balls, str(tmp_path / name))
+    assert same(last_weights(tmp_path / "a"), last_weights(tmp_path / "b"))
+
+
+def test_a_compiled_network_learns_the_same(balls, tmp_path):
+    plain = loop.fit(project(epochs=1), balls, str(tmp_path / "a"))["history"]
+    compiled = loop.fit(project(epochs=1, compile=True), balls, str(tmp_path / "b"))["history"]
+    assert compiled[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], abs=1e-4)
