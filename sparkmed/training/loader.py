@@ -112,9 +112,8 @@ class PatchLoader:
     held of the dataset, read ahead included, and decides no more than speed: a split that fits is read once and kept, else blocks
     are read anew each epoch (what one batch needs is held in any case); up to two batches wait besides. ``pin_memory`` makes
     batches in page-locked memory, for a GPU. ``cache`` keeps copies of remote files (None: as :class:`FileCache` does by itself).
-    Sizes are those before compression. Raises :class:`DatasetError`, an
-    :class:`InputError`, that names the file when a dataset is not what its schema and footers say: here, or while iterating, but
-    never a shorter epoch.
+    Sizes are those before compression. Raises :class:`DatasetError`, an :class:`InputError`, that names the file when a dataset is
+    not what its schema and footers say: here, or while iterating, but never a shorter epoch.
     """
 
     def __init__(

@@ -71,9 +71,7 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
                 group["lr"] = learning_rate(train, comm.size, epoch + before / feed.dataset.rows)
             state.optimizer.zero_grad(set_to_none=True)
             for part in _parts(feed.to_device(batch, device), train):
-                image, label = augment.augment(
-                    part["image"], part.get("label"), part["patch_id"], train.augment, config.seed, epoch
-                )
+                image, label = augment(part["image"], part.get("label"), part["patch_id"], train.augment, config.seed, epoch)
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     output = forward(image.contiguous(memory_format=layout))
                 values = loss_of(_in_full(output), part["target"] if label is None else label)
@@ -96,12 +94,8 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
         validation = validate(config, state.averaged, loss_of, held_out, comm)
         loss_sum, samples = state.losses.over(comm)
         row = {"epoch": epoch, "lr": state.optimizer.param_groups[0]["lr"], "train_loss": loss_sum / samples, "samples": samples}
-        row |= validation | {
-            "seconds": time.perf_counter() - began,
-            "samples_per_s": samples / (trained - began),
-            "ranks": comm.size,
-        }
-        state.end_epoch(comm.broadcast(row))
+        speed = {"seconds": time.perf_counter() - began, "samples_per_s": samples / (trained - began), "ranks": comm.size}
+        state.end_epoch(comm.broadcast(row | validation | speed))
         _save(folder_url, config, identity, state, comm)
 
     return comm.broadcast(_result(config, feed.dataset, folder_url, state, stopped, identity) if comm.rank == 0 else None)
