@@ -183,7 +183,7 @@ def cut(row: dict, config: Config) -> tuple[Iterator[Patch], dict[int, int]]:
     truth = None
     if config.task == "segmentation":
         stored = Grid(np.reshape(header.affine, (4, 4)), header.shape[1:])
-        truth = preprocess.place_label(read_label(row, stored), spec).array[0]
+        truth = preprocess.place(read_label(row, stored), spec, order=0).array[0]
     spatial, shortfall = image.shape[1:], {}
     if _sampler(row["split"], config) == "grid":
         places = patches.grid(spatial, config.patches.size, config.patches.overlap)

@@ -26,23 +26,21 @@ def apply(volume: Volume, spec: Preprocess, label: Volume | None = None) -> Volu
     image = image.with_array(intensity.normalise(image.array, spec.intensity))
     if label is None:
         return image
-    return image, place_label(labels.on_grid(label, volume.affine, volume.spatial_shape), spec)
+    return image, place(labels.on_grid(label, volume.affine, volume.spatial_shape), spec, order=0)
 
 
-def place(volume: Volume, spec: Preprocess) -> Volume:
+def place(volume: Volume, spec: Preprocess, order: int = 1) -> Volume:
     """The image of :func:`apply` before its intensities are scaled: stored values where nothing was interpolated.
 
-    Called with the only reference to the image, it holds no more of them than the step at hand needs.
+    ``order`` 0 is for a label that is on the grid of its image. Given the only reference to a volume, it holds no more of the
+    steps than the one at hand needs.
     """
     grid = output_grid(volume, spec)
     if spec.channels == "gray":
         volume = volume.with_array(_gray(volume.array))
-    return _placed(volume, spec, grid, order=1)
-
-
-def place_label(label: Volume, spec: Preprocess) -> Volume:
-    """A label that is on the grid of its image, on the grid of :func:`place`."""
-    return _placed(label, spec, output_grid(label, spec), order=0)
+    if spec.orientation is not None:
+        volume = geometry.reorient(volume, spec.orientation)
+    return resample.to_grid(volume, grid.affine, grid.spatial_shape, order, cval=None)
 
 
 def output_grid(grid: Placed, spec: Preprocess) -> Grid:
@@ -72,12 +70,6 @@ def to_input_grid(scores: Volume, reference: Placed) -> Volume:
     """
     back = resample.to_grid(scores, reference.affine, reference.spatial_shape, order=1, cval=None)
     return back.with_array(back.array.astype(np.float32, copy=False), np.asarray(reference.affine, np.float64))
-
-
-def _placed(volume: Volume, spec: Preprocess, grid: Grid, order: int) -> Volume:
-    if spec.orientation is not None:
-        volume = geometry.reorient(volume, spec.orientation)
-    return resample.to_grid(volume, grid.affine, grid.spatial_shape, order, cval=None)
 
 
 def _gray(array: np.ndarray) -> np.ndarray:
