@@ -3,11 +3,14 @@
 import contextlib
 import hashlib
 import io
+import math
+import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.dataset as pads
 
@@ -17,6 +20,9 @@ from sparkmed.rejection import InputError
 from sparkmed.training.cache import FileCache, version
 
 _PARQUET = pads.ParquetFileFormat()
+CODECS = ("ndarray", "compressed_ndarray", "image", "scalar")
+"""How a value is stored: as :func:`numpy.save` writes it (Petastorm's NdarrayCodec), as :func:`numpy.savez_compressed` does
+(CompressedNdarrayCodec), as PNG or JPEG (CompressedImageCodec), or as it is (ScalarCodec)."""
 
 
 class DatasetError(InputError):
@@ -25,7 +31,7 @@ class DatasetError(InputError):
 
 @dataclass(frozen=True)
 class Block:
-    """A row group of a file: the unit of reading. ``bytes`` is its size before compression."""
+    """A row group of a file: the unit of reading. ``bytes`` is its size in memory."""
 
     path: str
     row_group: int
@@ -43,13 +49,16 @@ class PatchDataset:
     there, and files whose rows do not add up to what ``_dataset.json`` says.
     """
 
-    def __init__(self, url: str, split: str | None = None, cache: FileCache | None = None):
+    def __init__(self, url: str, split: str | None = None, cache: FileCache | None = None, schema: dict | None = None):
         self.url = storage.absolute(url)
         self.split = split
-        self.meta = _read_meta(self.url)
+        self.meta = _read_meta(self.url) if schema is None else _checked(schema, "schema")
         self.fields = tuple(
             Field(f["name"], f["dtype"], tuple(f.get("shape", ())), f.get("codec", "scalar")) for f in self.meta["fields"]
         )
+        if all(f.name != "patch_id" for f in self.fields):
+            self.fields += (Field("patch_id", "str"),)
+        self._columns = {f["name"]: f.get("column", f["name"]) for f in self.meta["fields"]}
         image = next(f for f in self.meta["fields"] if f["name"] == "image")
         self.scaling = float(image.get("scale", 1.0)), float(image.get("offset", 0.0))
         """Factor and summand that make values of what field ``image`` stores."""
@@ -62,7 +71,9 @@ class PatchDataset:
             self._groups = dict(zip(files, pool.map(self._footer, files), strict=True))
             copied = self._copied(files)
             self._versions = dict(zip(copied, pool.map(self._version, copied), strict=True))
-        self.blocks = tuple(Block(p, i, n, b) for p, groups in self._groups.items() for i, (n, b) in enumerate(groups) if n > 0)
+        row = sum(math.prod(f.shape) * np.dtype(f.dtype).itemsize for f in self.fields if f.codec != "scalar")
+        groups = [(p, i, n, max(b, n * row)) for p, found in self._groups.items() for i, (n, b) in enumerate(found)]
+        self.blocks = tuple(Block(*g) for g in groups if g[2])
         self.rows = sum(b.rows for b in self.blocks)
         self._check_counts()
 
@@ -148,7 +159,7 @@ class PatchDataset:
 
     def read(self, block: Block) -> dict[str, "Payloads | np.ndarray | list[str]"]:
         """The columns of a row group. Raises :class:`DatasetError` when the file is gone, damaged, or not the one indexed."""
-        columns, where = [f.name for f in self.fields], f"dataset {self.url}: {block.path}, row group {block.row_group}"
+        columns, where = list(self._columns.values()), f"dataset {self.url}: {block.path}, row group {block.row_group}"
         try:
             with self._open(block.path) as file:
                 groups = _groups(file)
@@ -167,8 +178,10 @@ class PatchDataset:
         if table.num_rows != block.rows:
             raise DatasetError(f"{where}: {table.num_rows} rows, wanted {block.rows}")
         try:
-            return {f.name: _decode(table[f.name], f) for f in self.fields}
-        except (ValueError, SyntaxError, pa.ArrowException) as e:
+            place = f"{block.path}/{block.row_group}/"
+            named = {"patch_id": [f"{place}{r}" for r in range(block.rows)]} if "patch_id" not in self._columns else {}
+            return {f.name: _decode(table[self._columns[f.name]], f) for f in self.fields if f.name in self._columns} | named
+        except (ValueError, SyntaxError, OSError, pa.ArrowException) as e:
             raise DatasetError(f"{where}: {_line(e)}") from None
 
 
@@ -195,16 +208,25 @@ def _read_meta(url: str) -> dict:
         meta = storage.read_json(storage.join(url, DESCRIPTION))
     except FileNotFoundError:
         raise DatasetError(
-            f"dataset {url}: no {DESCRIPTION}, so it is unfinished or was not written by sparkmed; to vouch for it, write one that "
-            "lists its fields (name, dtype, shape, codec) and the patches per split"
+            f"dataset {url}: no {DESCRIPTION}, so it is unfinished or not of sparkmed; to vouch for it, give "
+            'PatchLoader schema={"fields": [{"name": "image", "column": ..., "dtype": ..., "shape": ..., "codec": ...}, ...]}'
         ) from None
     except ValueError as e:
         raise DatasetError(f"dataset {url}: {DESCRIPTION} is not JSON: {_line(e)}") from None
     found = meta.get("format_version") if isinstance(meta, dict) else None
     if found != 1:
         raise DatasetError(f"dataset {url}: {DESCRIPTION} has format_version {found!r}, wanted 1")
-    if not {"patch_id", "image"} <= {f["name"] for f in meta.get("fields", ())}:
-        raise DatasetError(f"dataset {url}: {DESCRIPTION} lists no field patch_id or image")
+    return _checked(meta, f"dataset {url}: {DESCRIPTION}")
+
+
+def _checked(meta: dict, where: str) -> dict:
+    """``meta`` when its fields make sense; a field ``patch_id`` need not be there: patches are then named after their place."""
+    fields = meta.get("fields", ())
+    if not all(isinstance(f, dict) and {"name", "dtype"} <= set(f) for f in fields) or "image" not in {f["name"] for f in fields}:
+        raise DatasetError(f"{where} wants fields with name and dtype, image among them; got {fields}")
+    for f in fields:
+        if f.get("codec", "scalar") not in CODECS:
+            raise DatasetError(f"{where}: field {f['name']} has codec {f['codec']!r}; known are {', '.join(CODECS)}")
     return meta
 
 
@@ -215,7 +237,8 @@ def _decode(column: pa.ChunkedArray, field: Field) -> Payloads | np.ndarray | li
         parts = [_payloads(chunk, field) for chunk in column.chunks if len(chunk)]
         return Payloads(parts[0] if len(parts) == 1 else np.concatenate(parts))
     if field.codec != "scalar":
-        raise ValueError(f"field {field.name}: codec {field.codec} is not known; ndarray and scalar are")
+        decode = _image if field.codec == "image" else _unpacked
+        return Payloads(np.stack([_bytes_of(decode(p), field) for p in column.to_pylist()]))
     if field.dtype == "str":
         return column.to_pylist()
     return column.to_numpy().astype(field.dtype, casting="safe", copy=False)
@@ -255,8 +278,26 @@ def _header(payload: np.ndarray, field: Field) -> int | None:
 
 def _array(payload: np.ndarray, field: Field) -> np.ndarray:
     _header(payload, field)
-    array = np.load(io.BytesIO(payload.tobytes()), allow_pickle=False)
-    return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+    return _bytes_of(np.load(io.BytesIO(payload.tobytes()), allow_pickle=False), field)
+
+
+def _unpacked(payload: bytes) -> np.ndarray:
+    try:
+        with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+            return arrays["arr"]  # Petastorm's name for it
+    except (zipfile.BadZipFile, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"not a compressed array of Petastorm: {e}") from None
+
+
+def _image(payload: bytes) -> np.ndarray:
+    with PIL.Image.open(io.BytesIO(payload)) as image:
+        return np.asarray(image)
+
+
+def _bytes_of(array: np.ndarray, field: Field) -> np.ndarray:
+    if array.shape != field.shape or array.dtype != np.dtype(field.dtype):
+        raise ValueError(f"field {field.name} holds an array {array.shape} of {array.dtype}, wanted {field.shape} of {field.dtype}")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _line(error: BaseException) -> str:

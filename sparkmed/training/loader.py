@@ -112,6 +112,9 @@ class PatchLoader:
     held of the dataset, read ahead included, and decides no more than speed: a split that fits is read once and kept, else blocks
     are read anew each epoch (what one batch needs is held in any case); up to two batches wait besides. ``pin_memory`` makes
     batches in page-locked memory, for a GPU. ``cache`` keeps copies of remote files (None: as :class:`FileCache` does by itself).
+    ``schema`` vouches for a Petastorm dataset of others, which has no description beside it: {"fields": [{"name", "dtype", "shape",
+    "codec" (:data:`sparkmed.training.dataset.CODECS`), "column" if that is not the name}, ...]}; fields may have any name besides
+    ``image``, which may have any shape; without a field ``patch_id`` patches are named after file, row group and row.
     Sizes are those before compression. Raises :class:`DatasetError`, an :class:`InputError`, that names the file when a dataset is
     not what its schema and footers say: here, or while iterating, but never a shorter epoch.
     """
@@ -129,13 +132,14 @@ class PatchLoader:
         memory_mb: float = 512.0,
         pin_memory: bool = False,
         cache: FileCache | None = None,
+        schema: dict | None = None,
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or seed < 0:
             raise InputError(
                 f"PatchLoader wants batch_size >= 1, 0 <= rank < world_size, seed >= 0; got batch_size {batch_size}, rank {rank}, "
                 f"world_size {world_size}, seed {seed}"
             )
-        self.dataset = PatchDataset(url, split, cache)
+        self.dataset = PatchDataset(url, split, cache, schema)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self.pin_memory = pin_memory
@@ -253,20 +257,20 @@ class PatchLoader:
             if field.dtype == "str":
                 batch[field.name] = [column[r] for column, rows in parts for r in rows.tolist()] + [""] * (size - n)
                 continue
-            shape = field.shape if field.codec == "ndarray" else ()
+            shape = () if field.codec == "scalar" else field.shape
             tensor = torch.empty((size, *shape), dtype=_torch_dtype(field.dtype), pin_memory=self.pin_memory)
             array = tensor.numpy()
             array[n:] = 0
             filled = 0
             for column, rows in parts:
-                if field.codec == "ndarray":
-                    _copy(column.matrix, rows, array[filled : filled + len(rows)].reshape(len(rows), -1).view(np.uint8))
-                else:
+                if field.codec == "scalar":
                     array[filled : filled + len(rows)] = column[rows]
+                else:
+                    _copy(column.matrix, rows, array[filled : filled + len(rows)].reshape(len(rows), -1).view(np.uint8))
                 filled += len(rows)
             batch[field.name] = tensor
-        if "label" in batch:
-            batch["label"] = batch["label"].reshape(size, 1, *batch["label"].shape[-3:])
+        if "label" in batch and batch["label"].ndim == 4:
+            batch["label"] = batch["label"][:, None]
         weight = torch.ones(size)
         weight[n:] = 0
         return batch | {"weight": weight, "total": torch.tensor(float(total))}

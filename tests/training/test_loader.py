@@ -1,5 +1,6 @@
 import collections
 import gc
+import io
 import itertools
 import json
 import pathlib
@@ -8,6 +9,9 @@ import time
 import weakref
 
 import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -346,6 +350,51 @@ def test_payloads_that_are_not_the_field(tmp_path, change):
     loader = PatchLoader(datasets.write(tmp_path, {"train": [rows]}), batch_size=8)
     with pytest.raises(InputError, match="part-00000.parquet, row group 1: field (image|label)"):
         list(loader)
+
+
+def test_a_dataset_of_others_that_is_vouched_for(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures, arrays = rng.integers(0, 255, (2, 7, 6, 5), np.uint8)
+    (tmp_path / "split=train").mkdir()
+    table = {
+        "picture": [png(p) for p in pictures],
+        "mask": pa.array([compressed(a) for a in arrays]),
+        "age": pa.array(range(7), pa.int32()),
+    }
+    pq.write_table(pa.table(table), tmp_path / "split=train" / "0.parquet", row_group_size=3)
+    fields = [
+        {"name": "image", "column": "picture", "dtype": "uint8", "shape": [6, 5], "codec": "image"},
+        {"name": "label", "column": "mask", "dtype": "uint8", "shape": [6, 5], "codec": "compressed_ndarray"},
+        {"name": "age", "dtype": "int64"},
+    ]
+    batches = list(PatchLoader(str(tmp_path), batch_size=4, schema={"fields": fields}))
+    order = [a for b in batches for a, w in zip(b["age"].tolist(), b["weight"], strict=True) if w]
+    assert sorted(order) == list(range(7)) and order != sorted(order)
+    assert np.array_equal(torch.cat([b["image"] for b in batches])[:7], pictures[order])
+    assert np.array_equal(torch.cat([b["label"] for b in batches])[:7], arrays[order])
+    assert len(set(real(batches))) == 7 and "split=train/0.parquet/2/0" in real(batches)
+    for wrong, said in [
+        ([fields[0] | {"shape": [5, 6]}], "row group .: field image holds an array .6, 5. of uint8, wanted .5, 6. of uint8"),
+        ([fields[0] | {"codec": "compressed_ndarray"}], "pickled data"),
+        ([fields[1] | {"name": "image", "codec": "image"}], "cannot identify image file"),
+        ([fields[0] | {"codec": "pickle"}], "codec 'pickle'; known are ndarray, compressed_ndarray, image, scalar"),
+        ([fields[0] | {"column": "photo"}], "has no column photo"),
+        ([fields[2]], "image among them"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            list(PatchLoader(str(tmp_path), schema={"fields": wrong}))
+
+
+def png(array) -> bytes:
+    stream = io.BytesIO()
+    PIL.Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def compressed(array) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, arr=array)
+    return stream.getvalue()
 
 
 def test_many_loaders_at_once(uneven):
