@@ -11,14 +11,14 @@ from sparkmed.training import comm
 from sparkmed.training.comm import LocalComm, LostContact, TorchComm
 
 
-def as_ranks(program, *arguments, size: int = 2) -> list:
-    """What ``program(group, *arguments)`` returns in each of ``size`` processes joined by gloo."""
+def as_ranks(program, *arguments, size: int = 2, kind: type = TorchComm) -> list:
+    """What ``program`` returns in each of ``size`` processes joined by ``kind(*arguments)``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = processes.get_context("fork")
     answers = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(answers, port, r, size, program, arguments)) for r in range(size)]
+    ranks = [context.Process(target=_rank, args=(answers, port, r, size, program, kind, arguments)) for r in range(size)]
     for process in ranks:
         process.start()
     found = dict(answers.get() for _ in ranks)
@@ -27,13 +27,13 @@ def as_ranks(program, *arguments, size: int = 2) -> list:
     return [found[r] for r in range(size)]
 
 
-def _rank(answers, port, rank, size, program, arguments):
+def _rank(answers, port, rank, size, program, kind, arguments):
     import os
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     try:
-        group = TorchComm(*arguments)
+        group = kind(*arguments)
         answer = program(group)
         group.close()
     except Exception as e:
@@ -74,6 +74,12 @@ def test_half_sums_in_float16_and_gives_the_gradients_type_back():
     expected = [(a.grad.half() + b.grad.half()).to(a.dtype).numpy() for a, b in zip(shaped(0), shaped(1), strict=True)]
     for found in as_ranks(summed, True):
         assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+
+
+def test_half_means_the_same_to_horovod():
+    expected = [p.grad.half().to(p.dtype).numpy() for p in shaped(0)]
+    (found,) = as_ranks(summed, True, size=1, kind=comm.HorovodComm)
+    assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
 
 def test_buckets_keep_order_and_limit():

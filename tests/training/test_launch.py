@@ -1,10 +1,16 @@
 import builtins
+import pathlib
+import shutil
+import signal
 import sys
+import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 
+from sparkmed import storage
 from sparkmed.rejection import InputError
 from sparkmed.training import checkpoint, launch, loop
 from sparkmed.training.comm import HorovodComm
@@ -54,45 +60,161 @@ def test_a_wrong_dataset_is_found_before_ranks_start(balls, tmp_path):
         launch.run(project(processes=2), only_train, str(tmp_path / "run"))
 
 
-def test_the_rank_that_failed_first_is_named():
-    outcomes = [
-        {"rank": 0, "kind": "lost", "message": "Horovod has been shut down.", "traceback": "..."},
-        {"rank": 1, "kind": "error", "message": "loss is not finite", "traceback": "Traceback of rank 1"},
-    ]
-    with pytest.raises(TrainingError, match="rank 1 of 2 failed: loss is not finite\nTraceback of rank 1"):
-        launch._checked(outcomes)
+def ended(*outcomes):
+    """A launcher: each turn leaves the outcomes of its ranks, as the ranks do, and raises when one left none."""
+    turns = iter(outcomes)
+
+    def launcher(config, dataset_url, folder_url):
+        turn = launcher.turns
+        launcher.turns += 1
+        storage.write_bytes(launch._turn(folder_url, turn), b"{}")
+        for rank, outcome in enumerate(found := next(turns)):
+            if outcome:
+                storage.write_json(launch._turn(folder_url, turn, rank), outcome)
+        if None in found:
+            raise RuntimeError("a process exited with non-zero status")
+
+    launcher.turns = 0
+    return launcher
+
+
+def failed(kind: str, message: str) -> dict:
+    return {"kind": kind, "message": message, "traceback": f"Traceback: {message}"}
+
+
+LOST, DONE = failed("lost", "Connection closed by peer"), ({"result": 1}, {"result": 1})
+
+
+@pytest.mark.parametrize("killed", [(None, LOST), (LOST, None), (None, None), (LOST, LOST)])
+def test_lost_ranks_start_again_within_the_budget(killed, tmp_path, caplog):
+    config = project(processes=2, restarts=2)
+    launcher = ended(killed, killed, DONE)
+    assert launch._until_done(launcher, config, "", str(tmp_path / "a")) == 1 and launcher.turns == 3
+    assert caplog.text.count("the ranks start again and go on from the last checkpoint") == 2
+    launcher = ended(killed, killed, killed, DONE)
+    with pytest.raises(TrainingError, match=r"rank .*lost.*; tried 3 times \(train.restarts is 2\)"):
+        launch._until_done(launcher, config, "", str(tmp_path / "b"))
+    assert launcher.turns == 3
+
+
+def test_the_lost_rank_is_named(tmp_path):
+    for outcomes, said in [
+        ((LOST, None), "rank 1 of 2 lost: killed, or its machine is gone; tried 1 times"),
+        ((None, None), "rank 0 and 1 of 2 lost: killed, or its machine is gone; tried 1 times"),
+        ((DONE[0], LOST), "rank 1 of 2 lost contact to the others: Connection closed by peer; tried 1 times"),
+    ]:
+        folder = str(tmp_path / said[:10])
+        with pytest.raises(TrainingError, match=f"^{said}"):
+            launch._until_done(ended(outcomes), project(processes=2, restarts=0), "", folder)
+        launch._forget(folder)
+
+
+@pytest.mark.parametrize("other", [LOST, None, DONE[0]])
+def test_an_error_in_a_rank_is_not_tried_again(other, tmp_path):
+    config = project(processes=2, restarts=2)
+    launcher = ended((other, failed("error", "loss is not finite")))
+    with pytest.raises(TrainingError, match="^rank 1 of 2 failed: loss is not finite\nTraceback: loss is not finite"):
+        launch._until_done(launcher, config, "", str(tmp_path / "a"))
+    launcher = ended((other, failed("input", "no such network")))
     with pytest.raises(InputError, match="^no such network$"):
-        launch._checked([{"rank": 0, "kind": "input", "message": "no such network", "traceback": ""}] * 2)
-    assert launch._checked([{"rank": 0, "result": 1}, {"rank": 1, "result": 1}]) == 1
+        launch._until_done(launcher, config, "", str(tmp_path / "b"))
+
+
+def test_ranks_that_cannot_start_are_not_tried_again(tmp_path):
+    calls = []
+
+    def launcher(*arguments):
+        calls.append(arguments)
+        raise TimeoutError("timed out waiting for tasks to start")
+
+    with pytest.raises(TrainingError, match="^horovod could not start 2 ranks: TimeoutError: timed out waiting"):
+        launch._until_done(launcher, project(processes=2), "", str(tmp_path))
+    assert len(calls) == 1
+
+
+def test_a_rank_sees_the_gpus_that_spark_assigned():
+    """Without a GPU: what is decided, not what CUDA makes of it."""
+    for addresses, before, after in [
+        ([], {}, {}),
+        (["3"], {}, {"CUDA_VISIBLE_DEVICES": "3"}),
+        (["0", "2"], {}, {"CUDA_VISIBLE_DEVICES": "0,2"}),
+        (["0"], {"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "5"}),
+    ]:
+        environment = dict(before)
+        launch.pin(addresses, environment)
+        assert environment == after
+
+
+CHANGES = {"flip": [0, 1, 2], "rotate": 10, "gamma": 0.2, "noise": 0.1}
+SETTINGS = {"scale_lr": "none", "augment": CHANGES, "epochs": 20, "ema": 0.9}
+
+
+@pytest.fixture(scope="module", params=["horovod", "torch"])
+def two_ranks(request, spark, balls, tmp_path_factory) -> tuple[str, dict, pathlib.Path]:
+    """A launcher, what two ranks that it started came to, and their folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = project(**SETTINGS, processes=2, batch_size=2, launcher=request.param)
+    return request.param, launch.run(config, balls, str(folder), slots=2), folder
 
 
 @pytest.mark.engine
-def test_two_ranks_train_as_one_process_does(spark, balls, tmp_path):
+def test_two_ranks_train_as_one_process_does(two_ranks, balls, tmp_path):
     """Same global batch, so the same gradients, weights, losses and metrics; then one process goes on where two stopped."""
-    changes = {"flip": [0, 1, 2], "rotate": 10, "gamma": 0.2, "noise": 0.1}
-    settings = {"scale_lr": "none", "augment": changes, "epochs": 2, "ema": 0.9}
-    two = launch.run(project(**settings, processes=2, batch_size=2), balls, str(tmp_path / "two"), slots=2)
-    one = launch.run(project(**settings, processes=1, batch_size=4), balls, str(tmp_path / "one"))
-    assert two["ranks"] == 2 and one["ranks"] == 1
-    assert same(last_weights(tmp_path / "one"), last_weights(tmp_path / "two"), 1e-5)
-    averaged = [checkpoint.latest(str(tmp_path / f / "checkpoints"))["averaged"] for f in ("one", "two")]
+    _, two, folder = two_ranks
+    one = launch.run(project(**SETTINGS, processes=1, batch_size=4), balls, str(tmp_path / "one"))
+    assert two["ranks"] == 2 and one["ranks"] == 1 and not (folder / launch.RANKS).exists()
+    assert same(last_weights(tmp_path / "one"), last_weights(folder), 1e-5)
+    averaged = [checkpoint.latest(str(f / "checkpoints"))["averaged"] for f in (tmp_path / "one", folder)]
     assert same(*averaged, 1e-5)
     for a, b in zip(one["history"], two["history"], strict=True):
         assert a["samples"] == b["samples"] == 9
         for key in ("train_loss", "val_loss", "val_metric", "lr"):
             assert a[key] == pytest.approx(b[key], abs=1e-5), key
-    longer = project(**settings | {"epochs": 3}, processes=1, batch_size=2)
-    assert [r["ranks"] for r in loop.fit(longer, balls, str(tmp_path / "two"))["history"]] == [2, 2, 1]
+    shutil.copytree(folder, tmp_path / "two")
+    longer = project(**SETTINGS | {"epochs": 21}, processes=1, batch_size=2)
+    assert [r["ranks"] for r in loop.fit(longer, balls, str(tmp_path / "two"))["history"]] == [2] * 20 + [1]
 
 
 @pytest.mark.engine
-def test_a_rank_that_raises_ends_the_job_with_its_traceback(spark, tmp_path):
+def test_a_killed_rank_costs_nothing_but_time(two_ranks, balls, tmp_path):
+    """SIGKILL for rank 1 behind the first checkpoint: training comes back by itself, and ends with the same weights."""
+    launcher, undisturbed, folder = two_ranks
+    killed = []
+
+    def kill():
+        while not killed:
+            if list((tmp_path / "checkpoints").glob("*")):
+                killed.extend(p for p in psutil.Process().children(recursive=True) if is_rank(p, "1"))
+                for process in killed:
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+
+    threading.Thread(target=kill, daemon=True).start()
+    config = project(**SETTINGS, processes=2, batch_size=2, launcher=launcher, restarts=1)
+    result = launch.run(config, balls, str(tmp_path), slots=2)
+    assert len(killed) == 1
+    assert same(last_weights(tmp_path), last_weights(folder))
+    for a, b in zip(result["history"], undisturbed["history"], strict=True):
+        assert [a[k] for k in ("train_loss", "val_loss", "val_metric")] == [b[k] for k in ("train_loss", "val_loss", "val_metric")]
+
+
+def is_rank(process: psutil.Process, rank: str) -> bool:
+    try:
+        variables = process.environ()
+    except psutil.Error:
+        return False
+    return variables.get("HOROVOD_RANK") == rank or ("LOCAL_RANK" in variables and variables["RANK"] == rank)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("launcher", ["horovod", "torch"])
+def test_a_rank_that_raises_ends_the_job_with_its_traceback(spark, launcher, tmp_path):
     rows = datasets.balls(8)
     rows[5]["image"] = np.full_like(rows[5]["image"], np.inf)
     url = datasets.write(tmp_path / "data", {"train": [rows], "val": [datasets.balls(2, seed=1)]})
     began = time.monotonic()
-    said = r"rank \d of 2 failed: loss is not finite in epoch 0, step \d, patches 0005(.|\n)*Traceback"
+    said = r"^rank \d of 2 failed: loss is not finite in epoch 0, step \d, patches 0005(.|\n)*Traceback"
     with pytest.raises(TrainingError, match=said):
-        launch.run(project(processes=2, batch_size=1, augment={}), url, str(tmp_path / "run"), slots=2)
+        launch.run(project(processes=2, batch_size=1, augment={}, launcher=launcher), url, str(tmp_path / "run"), slots=2)
     assert time.monotonic() - began < 90
     assert spark.sparkContext.parallelize(range(4), 2).sum() == 6  # the slots are free again
