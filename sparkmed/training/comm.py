@@ -134,9 +134,7 @@ class TorchComm:
     def average(self, tensors: Iterable[Tensor]) -> None:
         floating = [t for t in tensors if t.is_floating_point()]
         with torch.no_grad():
-            self._sum(floating)
-            for tensor in floating:
-                tensor.div_(self.size)
+            self._sum(floating, self.size)
 
     def broadcast(self, value: Any) -> Any:
         box = [value]
@@ -153,7 +151,7 @@ class TorchComm:
     def close(self) -> None:
         dist.destroy_process_group()
 
-    def _sum(self, tensors: Sequence[Tensor]) -> None:
+    def _sum(self, tensors: Sequence[Tensor], divisor: int = 1) -> None:  # a tensor may be given twice
         buckets = list(_buckets(tensors, self._bytes))
         buffers = [torch.cat([t.reshape(-1) for t in bucket]) for bucket in buckets]
         with _torch_contact():
@@ -162,7 +160,7 @@ class TorchComm:
             for work in [dist.all_reduce(buffer, async_op=True) for buffer in buffers]:
                 work.wait()
         for bucket, buffer in zip(buckets, buffers, strict=True):
-            for tensor, summed in zip(bucket, buffer.split([t.numel() for t in bucket]), strict=True):
+            for tensor, summed in zip(bucket, buffer.div_(divisor).split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(summed.view_as(tensor))
 
 

@@ -7,8 +7,11 @@ import torch
 import torch.multiprocessing as processes
 from torch import nn
 
-from sparkmed.training import comm
+from sparkmed.training import comm, loop
 from sparkmed.training.comm import LocalComm, LostContact, TorchComm
+
+from . import datasets
+from .test_loop import TINY, last_weights, project, same
 
 
 def as_ranks(program, *arguments, size: int = 2, kind: type = TorchComm) -> list:
@@ -90,7 +93,7 @@ def test_buckets_keep_order_and_limit():
 
 def values(group) -> tuple:
     running = [torch.full((2,), float(group.rank)), torch.tensor(group.rank), torch.tensor(group.rank + 1.0).double()]
-    group.average(running)
+    group.average([*running, running[0]])  # a network that is its own average gives its buffers twice
     said = group.broadcast({"from": group.rank, "weights": torch.ones(2)} if group.rank == 0 else None)
     where = (group.rank, group.size, group.local_rank, group.local_size)
     return [t.tolist() for t in running], said["from"], said["weights"].tolist(), group.gather("ab"[group.rank]), where
@@ -155,6 +158,21 @@ def test_synchronised_batch_norm_over_two_ranks_is_batch_norm_of_one(part, bn):
     for found in as_ranks(program):
         assert found.keys() == expected.keys()
         assert all(found[k] == pytest.approx(expected[k], rel=1e-6, abs=1e-6) for k in found)
+
+
+def test_training_with_synchronised_batch_norm_is_that_of_one_process(tmp_path):
+    """9 patches: the last global batch of 4 has one, and rank 1 nothing to normalise."""
+    splits = {"train": [datasets.balls(9, prefix="t")], "val": [datasets.balls(5, seed=1, prefix="v")]}
+    url = datasets.write(tmp_path / "data", splits)
+    norm = {"network": TINY | {"norm": "batch"}, "scale_lr": "none"}
+    both = project(**norm, processes=2, batch_size=2, sync_batch_norm=True)
+    histories = as_ranks(lambda group: loop.fit(both, url, str(tmp_path / "two"), group)["history"])
+    one = loop.fit(project(**norm, batch_size=4), url, str(tmp_path / "one"))["history"]
+    for row, expected in zip(histories[0], one, strict=True):
+        assert [row[k] for k in ("train_loss", "val_loss")] == pytest.approx(
+            [expected[k] for k in ("train_loss", "val_loss")], abs=1e-5
+        )
+    assert same(last_weights(tmp_path / "one"), last_weights(tmp_path / "two"), 1e-5)
 
 
 def test_one_process_keeps_its_batch_norm():
