@@ -1,6 +1,6 @@
 """What the training loop costs beside a bare torch loop, and what a second rank gains.
 
-usage: python benchmarks/loop.py [turns=5] [patches=96] [epochs=3] [launcher=torch] [folder=FOLDER]
+usage: python benchmarks/loop.py [turns=5] [patches=64] [epochs=3] [launcher=torch] [folder=FOLDER]
 
 Prints one JSON object. The dataset, ``patches`` float32 32^3 patches with labels, is made in ``folder`` (default: the temporary
 one) and removed. All training is on segmentation with DiceCE, AdamW, batches of 4 and no augmentation. The first of ``epochs``
@@ -213,7 +213,7 @@ def gpu(folder: pathlib.Path, turns: int, epochs: int, device: str = "cuda", pat
 
 
 if __name__ == "__main__":
-    defaults = {"turns": 5, "patches": 96, "epochs": 3}
+    defaults = {"turns": 5, "patches": 64, "epochs": 3}
     given = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
     rest = [a for a in sys.argv[1:] if "=" not in a]
     if set(given) - {*defaults, "folder", "launcher"} or (rest and (rest[0], len(rest)) != ("--rank", 4)):
