@@ -9,8 +9,9 @@ temporary one) and removed: float32 32^3 and int16 64^2 patches, uncompressed an
 group with pyarrow, with its threads, and copies each payload into one batch buffer. PatchLoader and Petastorm (``make_reader``,
 two threads) are made anew for each turn, as they come. A ratio is the median over turns of the ratio within a turn.
 ``memory``: growth of resident memory over an epoch with ``memory_mb`` and ``window_mb``, in a process of its own, seen at each
-batch. It counts from before the loader is made, and so includes its threads, the index, the batch that is looked at, and pages that
-Arrow's pool and malloc keep for later; ``arrow_mb`` is the most that was in use in Arrow's pool.
+batch. It counts from before the loader is made, and so includes its threads, the index, what is loaded at first use (12 MB), the
+batch that is looked at, and pages that Arrow's pools and malloc keep for later; ``arrow_mb`` is the most that was in use in the
+pool of row groups.
 ``resume``: seconds from a new loader to its first batch, at places all over the epoch, against the start of the epoch.
 """
 
