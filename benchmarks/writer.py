@@ -4,10 +4,11 @@ usage: python benchmarks/writer.py [slices=1000] [columns=512] [volumes=8] [turn
 
 Prints one JSON object. ``memory``: peak resident memory of a fresh process that cuts a series of ``slices`` DICOM files of
 ``columns`` x ``columns`` int16 pixels with a NIfTI label, as a Spark task does, over the bytes of the voxels; ``imports`` is what
-that process has before it begins. ``speed``: MB/s of patches before compression, one core each, of the writer on Spark
-``local[1]`` (the session is up already) and of a loop in one process that reads, preprocesses, cuts and writes the same rows with
-pyarrow, in turns. Everything is written to ``folder`` (default: the temporary one) and removed. ``slices=0`` or ``volumes=0``
-leaves one of the two out.
+that process has before it begins. ``speed``: MB/s of patches before compression on one core, in turns: ``writer``, all that the
+tasks of the patches stage do, in one process; ``plain``, a loop in that process that reads, preprocesses, cuts and writes the same
+rows with pyarrow; ``stage``, the whole stage by Spark ``local[1]`` whose session is up already, with what Spark and Petastorm's
+metadata take whatever the size. Everything is written to ``folder`` (default: the temporary one) and removed. ``slices=0`` or
+``volumes=0`` leaves one of the two out.
 """
 
 import io
@@ -169,6 +170,16 @@ def plain_loop(rows: list[dict], s: config.Config, folder: pathlib.Path) -> int:
     return written
 
 
+def writer(rows: list[dict], s: config.Config, folder: pathlib.Path):
+    """What the tasks of the patches stage do, one after the other."""
+    folder.mkdir()
+    volumes = dataset.numbered(rows)
+    facts = [(r["uid"], r["subject"], r["target"]) for _, r in volumes]
+    spilled = dataset.spill(volumes, s, 1, str(folder / "_spilled"))
+    for planned in dataset.plan([spilled], s, 1):
+        dataset.write(planned, facts, s, 1, str(folder))
+
+
 def npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array)
@@ -191,30 +202,27 @@ def speed(folder: pathlib.Path, volumes: int, turns: int) -> dict:
     cutting = {"size": [64, 64, 64], "sampler": "balanced", "per_volume": 64}
     spec = {"orientation": "RAS", "intensity": {"kind": "zscore"}}
     spark = session.session(config.Spark(master="local[1]"), "benchmark")
-    seconds: dict[str, list[float]] = {"writer": [], "plain": []}
+    seconds: dict[str, list[float]] = {"writer": [], "plain": [], "stage": []}
     for turn in range(-1, turns):  # the first is for imports and for the files' way into memory
         s = settings(folder, lake=str(folder / f"lake{turn}"), preprocess=spec, patches=cutting)
-        started = time.perf_counter()
-        url = spark_patches.write(spark, rows, s, {})
-        middle = time.perf_counter()
+        times = [time.perf_counter()]
+        writer(rows, s, folder / f"writer{turn}")
+        times.append(time.perf_counter())
         written = plain_loop(rows, s, folder / f"plain{turn}")
-        ended = time.perf_counter()
+        times.append(time.perf_counter())
+        url = spark_patches.write(spark, rows, s, {})
+        times.append(time.perf_counter())
         if turn >= 0:
-            seconds["writer"].append(middle - started)
-            seconds["plain"].append(ended - middle)
-        counts = dataset.describe(url)["counts"]
-        assert sum(counts.values()) * dataset.patch_bytes(s, 1) == written
+            for name, taken in zip(seconds, np.diff(times).tolist(), strict=True):
+                seconds[name].append(taken)
+        assert sum(dataset.describe(url)["counts"].values()) * dataset.patch_bytes(s, 1) == written
     spark.stop()
-    rates = {name: [written / 1e6 / t for t in times] for name, times in seconds.items()}
-    ratios = [plain / writer for writer, plain in zip(seconds["writer"], seconds["plain"], strict=True)]
-    return {
-        "mb": round(written / 1e6, 1),
-        "writer_mb_per_s": round(statistics.median(rates["writer"]), 1),
-        "plain_mb_per_s": round(statistics.median(rates["plain"]), 1),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios": [round(r, 3) for r in ratios],
-        "seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()},
-    }
+    out = {"mb": round(written / 1e6, 1)}
+    out |= {f"{name}_mb_per_s": round(written / 1e6 / statistics.median(times), 1) for name, times in seconds.items()}
+    for name in ("writer", "stage"):
+        ratios = [plain / taken for taken, plain in zip(seconds[name], seconds["plain"], strict=True)]
+        out[f"{name}_to_plain"] = {"median": round(statistics.median(ratios), 3), "turns": [round(r, 3) for r in ratios]}
+    return out | {"seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()}}
 
 
 if __name__ == "__main__":

@@ -48,9 +48,11 @@ def scaled(array: np.ndarray, scales: Sequence[Scale]) -> np.ndarray:
     """(C, I, J, K) float32 of the same shape."""
     result = np.empty(array.shape, np.float32)
     for channel, out, scale in zip(array, result, scales, strict=True):
-        slow = int(np.argmax(np.abs(channel.strides)))  # planes as they lie in memory, one at a time
-        for plane, to in zip(np.moveaxis(channel, slow, 0), np.moveaxis(out, slow, 0), strict=True):
-            to[...] = scale(_floating(plane))
+        slow = int(np.argmax(np.abs(channel.strides)))  # planes as they lie in memory, some at a time
+        planes, to = np.moveaxis(channel, slow, 0), np.moveaxis(out, slow, 0)
+        step = max(1, _BLOCK * len(planes) // max(1, channel.size))
+        for start in range(0, len(planes), step):
+            to[start : start + step] = scale(_floating(planes[start : start + step]))
     return result
 
 

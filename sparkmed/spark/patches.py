@@ -3,13 +3,13 @@
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from petastorm.codecs import NdarrayCodec, ScalarCodec
 from petastorm.etl.dataset_metadata import materialize_dataset
 from petastorm.unischema import Unischema, UnischemaField
-from pyspark import RDD
 from pyspark.sql import SparkSession
 from pyspark.sql.types import LongType, StringType
 
@@ -18,8 +18,8 @@ from sparkmed.config import Config
 from sparkmed.rejection import InputError
 from sparkmed.spark import session
 
-TASK_BYTES = 512e6
-"""Of voxels and patches that one task reads and cuts."""
+TASK_BYTES = 256e6
+"""Of voxels and patches that a task moves: more is divided, except for a single volume or file."""
 
 
 def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: dict) -> str:
@@ -40,12 +40,22 @@ def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: di
         with materialize_dataset(
             spark, unfinished, unischema(config, channels), row_group_size_mb=max(1, int(config.patches.row_group_mb))
         ):
-            tasks = _on_executors(spark, _packed(spark, volumes, config))
-            # a name for each attempt: of two that run at once, one counts
-            cut = tasks.map(lambda v: dataset.spill(v, config, channels, storage.join(spilled, uuid.uuid4().hex))).collect()
+            # a name for each attempt at a task: of two that run at once, one counts
+            cut = _on_executors(
+                spark,
+                volumes,
+                [dataset.weight(row, config) for _, row in volumes],
+                lambda some: dataset.spill(some, config, channels, storage.join(spilled, uuid.uuid4().hex)),
+            )
             _require_patches(rows, cut)
             plans = dataset.plan(cut, config, channels)
-            _on_executors(spark, plans).foreach(lambda p: dataset.write(p, facts, config, channels, unfinished))
+            size = dataset.patch_bytes(config, channels)
+            _on_executors(
+                spark,
+                plans,
+                [p.rows * size for p in plans],
+                lambda some: [dataset.write(p, facts, config, channels, unfinished) for p in some],
+            )
             _keep_only({p.path for p in plans}, unfinished)
         described = dataset.description(config, rows, cut, plans, lineage)
         storage.write_json(storage.join(unfinished, dataset.DESCRIPTION), described)
@@ -57,16 +67,11 @@ def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: di
     return url
 
 
-def _on_executors(spark: SparkSession, items: list) -> RDD:
-    """One task for each item."""
-    return spark.sparkContext.parallelize(items, len(items))
-
-
-def _packed(spark: SparkSession, volumes: list[tuple[int, dict]], config: Config) -> list[list[tuple[int, dict]]]:
-    """Volumes in groups for one task each: several tasks per slot, and none that moves much more than :data:`TASK_BYTES`."""
-    weights = [dataset.weight(row, config) for _, row in volumes]
-    tasks = max(4 * spark.sparkContext.defaultParallelism, math.ceil(sum(weights) / TASK_BYTES))
-    return session.packed(volumes, weights, tasks)
+def _on_executors(spark: SparkSession, items: list, weights: list[float], do: Callable[[list], Any]) -> list:
+    """What ``do`` makes of the items of each task; ``weights`` are bytes. One task per slot, and more where there is much."""
+    tasks = max(spark.sparkContext.defaultParallelism, math.ceil(sum(weights) / TASK_BYTES))
+    groups = session.packed(items, weights, tasks)
+    return spark.sparkContext.parallelize(groups, len(groups)).map(do).collect()
 
 
 def _keep_only(paths: set[str], unfinished: str):
