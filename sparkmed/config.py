@@ -215,10 +215,10 @@ class Augment(Section):
 
 
 PLACE_KEYS = {
-    "threads", "device", "launcher", "restarts", "fusion_mb", "keep_checkpoints", "checkpoint_steps", "memory_mb", "compile",
-    "start_timeout", "cache_dir", "cache_gb",
+    "processes", "threads", "device", "launcher", "restarts", "fusion_mb", "keep_checkpoints", "checkpoint_steps", "memory_mb",
+    "compile", "start_timeout", "cache_dir", "cache_gb",
 }  # fmt: skip
-"""Keys of ``train`` that say where and how training runs, not what is learnt."""
+"""Keys of ``train`` that say where and how training runs, not what is to be learnt: with others a run that was cut off goes on."""
 
 
 class Train(Section):
@@ -232,7 +232,8 @@ class Train(Section):
     """A class of ``monai.metrics``; None: DiceMetric for segmentation, ROCAUCMetric for classification. Higher is better."""
     optimizer: Optimizer = Optimizer()
     processes: Positive = 2
-    """Ranks, one per Spark task slot; 1 trains in this process, without a launcher."""
+    """Ranks, one per Spark task slot; 1 trains in this process, without a launcher. A training that was cut off goes on with any
+    number; one that was finished is not done again with another."""
     launcher: Literal["horovod", "torch"] = "horovod"
     """Who starts the ranks: ``horovod.spark.run``, or ``pyspark.ml.torch.distributor.TorchDistributor``. With both a rank uses the
     GPU that Spark assigned to its task; where Spark assigns none, torch's ranks use none."""

@@ -30,8 +30,8 @@ from sparkmed.training.state import State, TrainingError
 
 HISTORY, CHECKPOINTS, MODEL = "history.jsonl", "checkpoints", "model"
 
-MAY_CHANGE = PLACE_KEYS | {"processes", "epochs", "max_minutes", "patience"}
-"""Keys of ``train`` with which a run may be continued."""
+MAY_CHANGE = PLACE_KEYS | {"batch_size", "accumulate", "epochs", "max_minutes", "patience"}
+"""Keys of ``train`` with which a run may be continued; the same global batch from other ranks goes on as if nothing had changed."""
 
 
 def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = None) -> dict:

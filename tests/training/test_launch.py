@@ -17,7 +17,7 @@ from sparkmed.training.comm import HorovodComm
 from sparkmed.training.loop import TrainingError
 
 from . import datasets
-from .test_loop import last_weights, project, same
+from .test_loop import last_weights, project, same, stopped_at
 
 
 @pytest.fixture(scope="module")
@@ -177,25 +177,39 @@ def test_two_ranks_train_as_one_process_does(two_ranks, balls, tmp_path):
 
 @pytest.mark.engine
 def test_a_killed_rank_costs_nothing_but_time(two_ranks, balls, tmp_path):
-    """SIGKILL for rank 1 behind the first checkpoint: training comes back by itself, and ends with the same weights."""
+    """SIGKILL for rank 1 within an epoch: training comes back by itself, and ends with the same weights."""
     launcher, undisturbed, folder = two_ranks
     killed = []
 
     def kill():
         while not killed:
-            if list((tmp_path / "checkpoints").glob("*")):
+            if list((tmp_path / "checkpoints").glob("*-at-*")):
                 killed.extend(p for p in psutil.Process().children(recursive=True) if is_rank(p, "1"))
                 for process in killed:
                     process.send_signal(signal.SIGKILL)
             time.sleep(0.01)
 
     threading.Thread(target=kill, daemon=True).start()
-    config = project(**SETTINGS, processes=2, batch_size=2, launcher=launcher, restarts=1)
+    config = project(**SETTINGS, processes=2, batch_size=2, launcher=launcher, restarts=1, checkpoint_steps=1)
     result = launch.run(config, balls, str(tmp_path), slots=2)
     assert len(killed) == 1
     assert same(last_weights(tmp_path), last_weights(folder))
     for a, b in zip(result["history"], undisturbed["history"], strict=True):
-        assert [a[k] for k in ("train_loss", "val_loss", "val_metric")] == [b[k] for k in ("train_loss", "val_loss", "val_metric")]
+        assert (a["val_loss"], a["val_metric"]) == (b["val_loss"], b["val_metric"])
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-12)
+
+
+@pytest.mark.engine
+def test_two_ranks_go_on_within_an_epoch_where_one_process_stopped(spark, balls, tmp_path, monkeypatch):
+    settings = {"scale_lr": "none", "augment": CHANGES, "epochs": 3, "checkpoint_steps": 1}
+    one = project(**settings, processes=1, batch_size=4)
+    loop.fit(one, balls, str(tmp_path / "whole"))
+    stopped_at(4, one, balls, str(tmp_path / "stopped"), monkeypatch)  # in the second step of the second epoch
+    assert checkpoint.present(str(tmp_path / "stopped" / "checkpoints"))[-1].progress == (1, 4)
+    two = project(**settings, processes=2, batch_size=2, launcher="torch")
+    result = launch.run(two, balls, str(tmp_path / "stopped"), slots=2)
+    assert [r["ranks"] for r in result["history"]] == [1, 2, 2]
+    assert same(last_weights(tmp_path / "whole"), last_weights(tmp_path / "stopped"), 1e-5)
 
 
 def is_rank(process: psutil.Process, rank: str) -> bool:

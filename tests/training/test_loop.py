@@ -117,7 +117,7 @@ def test_a_finished_run_trains_no_more_and_can_be_made_longer(balls, tmp_path, m
 def test_a_folder_of_another_config_is_refused(balls, tmp_path):
     loop.fit(project(epochs=1), balls, str(tmp_path))
     with pytest.raises(InputError, match="checkpoints of another config"):
-        loop.fit(project(epochs=1, batch_size=3), balls, str(tmp_path))
+        loop.fit(project(epochs=1, clip_norm=3), balls, str(tmp_path))
 
 
 def test_stops_early_and_in_time(balls, tmp_path):
