@@ -47,6 +47,9 @@ class _PerSample:
     def __init__(self, function: nn.Module, from_torch: bool):
         self.function = function
         self.from_torch = from_torch
+        self.at_once = type(function) is monai.losses.DiceCELoss and function.cross_entropy.weight is None
+        if self.at_once:
+            function.dice.reduction = function.cross_entropy.reduction = "none"
 
     def __call__(self, output: Tensor | list[Tensor], truth: Tensor) -> Tensor:
         if isinstance(output, Tensor) and output.ndim == truth.ndim + 1 and truth.ndim > 1:
@@ -61,6 +64,10 @@ class _PerSample:
         if not len(output):
             return output.flatten(1).sum(1)  # (0,), still a function of the network
         self.function.to(output.device)
+        if self.at_once:  # the usual loss in one call instead of one per sample
+            f = self.function
+            dice, entropy = f.dice(output, truth).flatten(1).mean(1), f.ce(output, truth).flatten(1).mean(1)
+            return f.lambda_dice * dice + f.lambda_ce * entropy
         if truth.ndim > 1 and self.from_torch:
             truth = truth[:, 0]
         elif truth.ndim == 1 and not self.from_torch:

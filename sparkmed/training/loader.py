@@ -220,7 +220,8 @@ class PatchLoader:
         blocks, kept = self.dataset.blocks, self._kept
         reading: dict[int, Future] = {}  # what is held, or being read
         ahead: deque[Step] = deque()
-        room, finished, upcoming = self._memory_bytes, 0, next(steps, None)
+        room = self._memory_bytes - READERS * max((b.bytes for b in blocks), default=0)  # a read takes its own size besides
+        finished, upcoming = 0, next(steps, None)
         pool = ThreadPoolExecutor(READERS, "patch-reader")
         try:
             while upcoming or ahead:
