@@ -26,7 +26,7 @@ _AXIS = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 class Section(BaseModel):
     """Base of every part of the config."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Component(Section):
@@ -286,7 +286,7 @@ class Train(Section):
     checkpoint_steps: Positive | None = None
     """Steps between checkpoints within an epoch; None: only at the end of each. What a killed run loses at the most."""
     memory_mb: Annotated[float, Field(gt=0)] = 512.0
-    """MB of patches that each rank's loader holds; a split that fits is read once."""
+    """MB of patches that each rank's loader holds, but a window of 64 MB or two in any case; a split that fits is read once."""
     start_timeout: Positive = 120
     """Seconds to wait for all ranks."""
 
@@ -348,7 +348,7 @@ class Config(Section):
     """Folder or URL of the images."""
     lake: str = "./lake"
     """Folder or URL for all tables, datasets and models."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     identity: Identity = Identity()
     catalog: Catalog = Catalog()
     volumes: Volumes = Volumes()

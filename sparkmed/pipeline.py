@@ -109,6 +109,7 @@ def train(config: Config) -> dict:
     rows = _labelled(config)
     url = dataset.url(config.lake, config.name, dataset.version(rows, config))
     facts = dataset.describe(url)
+    _require_few(len(facts["refused"]), len(rows), config.volumes.max_refused, "volumes.max_refused", "volumes")
     how = config.train.model_dump(mode="json", exclude=PLACE_KEYS, exclude_defaults=True)
     training = digest(facts["digest"], how, config.score.overlap, config.score.blending)[:16]
     registry = tracking.of(config)

@@ -22,6 +22,7 @@ def build(component: Component | None, task: str) -> Loss:
     Output: class scores before softmax, (B, classes, I, J, K) with truth (B, 1, I, J, K), or (B, classes) with truth (B,), both
     int64. Each sample's loss depends on that sample alone, so a weighted sum over any division of a batch among processes is the
     same number. With deep supervision (a list of outputs, or (B, n, classes, I, J, K)) output n weighs 1 / 2**n, of sum 1.
+    Class weights multiply the loss of an image; of a segmentation, a patch's mean is over the weights of its voxels.
     ``component`` None is Dice + cross-entropy per sample, or cross-entropy.
     """
     component = component or DEFAULTS[task]
@@ -47,6 +48,7 @@ class _PerSample:
     def __init__(self, function: nn.Module, from_torch: bool):
         self.function = function
         self.from_torch = from_torch
+        self.of_images = isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss)
         self.at_once = type(function) is monai.losses.DiceCELoss and function.cross_entropy.weight is None
         if self.at_once:
             function.dice.reduction = function.cross_entropy.reduction = "none"
@@ -68,6 +70,9 @@ class _PerSample:
             f = self.function
             dice, entropy = f.dice(output, truth).flatten(1).mean(1), f.ce(output, truth).flatten(1).mean(1)
             return f.lambda_dice * dice + f.lambda_ce * entropy
+        if truth.ndim == 1 and self.of_images:  # a mean over one image would divide by its weight what was multiplied by it
+            self.function.reduction = "none"
+            return self.function(output, truth)
         if truth.ndim > 1 and self.from_torch:
             truth = truth[:, 0]
         elif truth.ndim == 1 and not self.from_torch:

@@ -72,12 +72,16 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def latest(folder: str) -> dict[str, Any] | None:
     """The state of the last checkpoint that can be read; damaged ones are passed over with a warning. None when there is none."""
-    for checkpoint in reversed(present(folder)):
-        try:
-            return load(checkpoint)
-        except Exception as e:  # whatever is wrong with it, the one before it may be whole
-            warnings.warn(f"passed over: {e}", stacklevel=2)
-    return None
+    return next((saved for c in reversed(present(folder)) if (saved := readable(c))), None)
+
+
+def readable(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The state in a checkpoint; None, with a warning, of one that is damaged."""
+    try:
+        return load(checkpoint)
+    except Exception as e:  # whatever is wrong with it, another may be whole
+        warnings.warn(f"passed over: {e}", stacklevel=2)
+        return None
 
 
 def prune(folder: str, keep: int, best_epoch: int | None) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ class PatchDataset:
             place = f"{block.path}/{block.row_group}/"
             named = {"patch_id": [f"{place}{r}" for r in range(block.rows)]} if "patch_id" not in self._columns else {}
             return {f.name: _decode(table[self._columns[f.name]], f) for f in self.fields if f.name in self._columns} | named
-        except (ValueError, SyntaxError, OSError, pa.ArrowException) as e:
+        except (ValueError, TypeError, SyntaxError, OSError, EOFError, zlib.error, pa.ArrowException) as e:
             raise DatasetError(f"{where}: {_line(e)}") from None
 
 
@@ -221,13 +222,41 @@ def _read_meta(url: str) -> dict:
 
 def _checked(meta: dict, where: str) -> dict:
     """``meta`` when its fields make sense; a field ``patch_id`` need not be there: patches are then named after their place."""
-    fields = meta.get("fields", ())
-    if not all(isinstance(f, dict) and {"name", "dtype"} <= set(f) for f in fields) or "image" not in {f["name"] for f in fields}:
-        raise DatasetError(f"{where} wants fields with name and dtype, image among them; got {fields}")
+    fields = meta.get("fields") if isinstance(meta, dict) else None
+    if not isinstance(fields, list) or not all(isinstance(f, dict) and {"name", "dtype"} <= set(f) for f in fields):
+        raise DatasetError(f"{where} wants a list of fields, each with name and dtype; got {fields}")
+    names = [f["name"] for f in fields]
+    if "image" not in names or len(set(names)) < len(names) or {"weight", "total"} & set(names):
+        raise DatasetError(
+            f"{where} wants fields of different names, image among them, not weight or total; got {', '.join(names)}"
+        )
     for f in fields:
-        if f.get("codec", "scalar") not in CODECS:
-            raise DatasetError(f"{where}: field {f['name']} has codec {f['codec']!r}; known are {', '.join(CODECS)}")
+        problem = _problem(f)
+        if problem:
+            raise DatasetError(f"{where}: field {f['name']} {problem}")
     return meta
+
+
+def _problem(field: dict) -> str | None:
+    unknown = set(field) - {"name", "column", "dtype", "shape", "codec", "scale", "offset"}
+    if unknown:
+        return f"has keys {', '.join(sorted(unknown))}, which mean nothing"
+    codec, shape = field.get("codec", "scalar"), field.get("shape", ())
+    if codec not in CODECS:
+        return f"has codec {codec!r}; known are {', '.join(CODECS)}"
+    if codec == "scalar" and field["name"] == "image":
+        return f"has codec scalar, wanted one of {', '.join(CODECS[:-1])}"
+    if not isinstance(shape, list | tuple) or not all(isinstance(n, int) and n > 0 for n in shape):
+        return f"has shape {shape}, wanted whole numbers above 0: patches of one dataset have one shape"
+    if field["dtype"] == "str":
+        return None if codec == "scalar" else "is text, which only scalars are"
+    try:
+        dtype = np.dtype(field["dtype"])
+    except TypeError:
+        return f"has dtype {field['dtype']!r}, which numpy does not know"
+    if field["name"] == "patch_id":
+        return "wants dtype str"
+    return None if dtype.kind in "biuf" and dtype.isnative else f"has dtype {dtype}, wanted whole or real numbers in native order"
 
 
 def _decode(column: pa.ChunkedArray, field: Field) -> Payloads | np.ndarray | list[str]:

@@ -110,11 +110,14 @@ class PatchLoader:
 
     ``split`` None is all splits. ``window_mb`` is how much is shuffled together; it decides the order. ``memory_mb`` bounds what is
     held of the dataset, read ahead included, and decides no more than speed: a split that fits is read once and kept, else blocks
-    are read anew each epoch (what one batch needs is held in any case); up to two batches wait besides. ``pin_memory`` makes
-    batches in page-locked memory, for a GPU. ``cache`` keeps copies of remote files (None: as :class:`FileCache` does by itself).
+    are read anew each epoch (a window is held in any case, two where a batch spans them); up to two batches wait besides.
+    ``pin_memory`` makes batches in page-locked memory, for a GPU. ``cache`` keeps copies of remote files (None: as
+    :class:`FileCache` does by itself).
+
     ``schema`` vouches for a Petastorm dataset of others, which has no description beside it: {"fields": [{"name", "dtype", "shape",
     "codec" (:data:`sparkmed.training.dataset.CODECS`), "column" if that is not the name}, ...]}; fields may have any name besides
     ``image``, which may have any shape; without a field ``patch_id`` patches are named after file, row group and row.
+
     Sizes are those before compression. Raises :class:`DatasetError`, an :class:`InputError`, that names the file when a dataset is
     not what its schema and footers say: here, or while iterating, but never a shorter epoch.
     """
@@ -134,10 +137,10 @@ class PatchLoader:
         cache: FileCache | None = None,
         schema: dict | None = None,
     ):
-        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or seed < 0:
+        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or seed < 0 or not (window_mb >= 0 and memory_mb >= 0):
             raise InputError(
-                f"PatchLoader wants batch_size >= 1, 0 <= rank < world_size, seed >= 0; got batch_size {batch_size}, rank {rank}, "
-                f"world_size {world_size}, seed {seed}"
+                "PatchLoader wants batch_size >= 1, 0 <= rank < world_size, seed, window_mb and memory_mb >= 0; got batch_size "
+                f"{batch_size}, rank {rank}, world_size {world_size}, seed {seed}, window_mb {window_mb}, memory_mb {memory_mb}"
             )
         self.dataset = PatchDataset(url, split, cache, schema)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -172,8 +175,10 @@ class PatchLoader:
         for key, value in mine.items():
             if state.get(key) != value:
                 raise InputError(f"loader state has {key} {state.get(key)!r}, this loader {value!r}: another order of samples")
-        if not 0 <= state["position"] <= self.dataset.rows:
-            raise InputError(f"loader state has position {state['position']}, the dataset {self.dataset.rows} patches")
+        whole = all(isinstance(state.get(key), int) for key in ("epoch", "position"))
+        if not whole or not 0 <= state["position"] <= self.dataset.rows:
+            where = f"epoch {state.get('epoch')}, position {state.get('position')}"
+            raise InputError(f"loader state has {where}, the dataset {self.dataset.rows} patches")
         self.epoch, self._position, self._resume = state["epoch"], state["position"], state["position"]
 
     def _order_key(self) -> str:
@@ -188,7 +193,7 @@ class PatchLoader:
         }
         image = moved["image"].float()
         scale, offset = self.dataset.scaling
-        moved["image"] = image if (scale, offset) == (1.0, 0.0) else image.mul_(scale).add_(offset)
+        moved["image"] = image if (scale, offset) == (1.0, 0.0) else image.mul(scale).add_(offset)
         return moved | ({"label": moved["label"].long()} if "label" in moved else {})
 
     def __iter__(self) -> Iterator[dict]:

@@ -1,5 +1,6 @@
 """The training loop. A batch can be followed from loader to optimizer in :func:`fit`; who launched it is not known here."""
 
+import copy
 import hashlib
 import json
 import math
@@ -53,6 +54,7 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
     held_out = _loader(config, dataset_url, comm, device, "val", train.batch_size)
     check(config, feed.dataset)
     state, identity = State.start(config, feed.dataset, device, comm), run_identity(config, feed.dataset)
+    _check_smallest(config, feed, state.network, comm)
     state.restore(comm.broadcast(_saved(folder_url, identity) if comm.rank == 0 else None), feed, comm)
     network, loss_of = state.network, losses.build(train.loss, config.task)
     forward = torch.compile(network) if train.compile else network
@@ -70,13 +72,14 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(train, comm.size, epoch + before / feed.dataset.rows)
             state.optimizer.zero_grad(set_to_none=True)
-            for part in _parts(feed.to_device(batch, device), train):
+            for part in _parts(feed.to_device(batch, device), train, comm):
                 image, label = augment(part["image"], part.get("label"), part["patch_id"], train.augment, config.seed, epoch)
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     output = forward(image.contiguous(memory_format=layout))
                 values = loss_of(_in_full(output), part["target"] if label is None else label)
                 state.losses.add(values, part["patch_id"], epoch, state.step)
                 state.scaler.scale(values.sum() / part["total"]).backward()  # over ranks: the mean over the global batch
+            state.losses.check()
             _fill_missing_gradients(parameters)
             comm.sum_gradients(parameters)
             state.scaler.unscale_(state.optimizer)
@@ -89,10 +92,12 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
             if train.checkpoint_steps and state.step % train.checkpoint_steps == 0 and feed.position < feed.dataset.rows:
                 state.seconds = time.perf_counter() - began
                 _save(folder_url, config, identity, state, comm, feed)
-        comm.average([*network.buffers(), *state.averaged.buffers()])  # running statistics; weights are equal already
+        state.level(comm)
         trained = time.perf_counter()
         validation = validate(config, state.averaged, loss_of, held_out, comm)
         loss_sum, samples = state.losses.over(comm)
+        if not math.isfinite(validation["val_loss"]):
+            raise TrainingError(f"validation loss is {validation['val_loss']} in epoch {epoch}; try a lower train.optimizer.lr")
         row = {"epoch": epoch, "lr": state.optimizer.param_groups[0]["lr"], "train_loss": loss_sum / samples, "samples": samples}
         speed = {"seconds": time.perf_counter() - began, "samples_per_s": samples / (trained - began), "ranks": comm.size}
         state.end_epoch(comm.broadcast(row | validation | speed))
@@ -129,6 +134,8 @@ def validate(config: Config, network: nn.Module, loss_of: losses.Loss, held_out:
 
 def check(config: Config, dataset: PatchDataset) -> None:
     """Raises :class:`InputError` when the dataset is not one for this config."""
+    if not dataset.rows:
+        raise InputError(f"dataset {dataset.url}: split {dataset.split} has no patch")
     meta, truth = dataset.meta, "target" if config.task == "classification" else "label"
     if meta.get("task", config.task) != config.task or truth not in {f.name for f in dataset.fields}:
         raise InputError(f"dataset {dataset.url} is for {meta.get('task')}, the config is for {config.task}")
@@ -145,11 +152,11 @@ def run_identity(config: Config, dataset: PatchDataset) -> str:
 
 def best(history: list[dict]) -> dict:
     """The row of the highest validation metric, among equals of the lowest validation loss; a metric that is nan counts least."""
+    return max(history, key=_merit)
 
-    def merit(row: dict) -> tuple[float, float]:
-        return (-math.inf if math.isnan(row["val_metric"]) else row["val_metric"], -row["val_loss"])
 
-    return max(history, key=merit)
+def _merit(row: dict) -> tuple[float, float]:
+    return (-math.inf if math.isnan(row["val_metric"]) else row["val_metric"], -row["val_loss"])
 
 
 def _stop(config: Config, history: list[dict]) -> str | None:
@@ -163,6 +170,23 @@ def _stop(config: Config, history: list[dict]) -> str | None:
     return None
 
 
+def _check_smallest(config: Config, feed: PatchLoader, network: nn.Module, comm: Comm) -> None:
+    """Raises :class:`InputError` when some step gives a rank a single patch, and the network cannot learn from one (batch norm)."""
+    train, last = config.train, feed.dataset.rows % (feed.batch_size * comm.size)
+    shares = {feed.batch_size, last // comm.size, -(-last // comm.size)}
+    if train.sync_batch_norm or all(share % train.batch_size != 1 % train.batch_size for share in shares if share):
+        return
+    device = next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            copy.deepcopy(network).train()(torch.zeros(1, *feed.dataset.field("image").shape, device=device))
+    except ValueError as e:
+        raise InputError(
+            f"{feed.dataset.rows} patches in batches of {train.batch_size} on {comm.size} ranks: some step gives a rank a single "
+            f"one, from which network {train.network.name} cannot learn ({e}); change train.batch_size"
+        ) from None
+
+
 def _loader(config: Config, url: str, comm: Comm, device: torch.device, split: str, batch_size: int) -> PatchLoader:
     train = config.train
     return PatchLoader(
@@ -171,13 +195,13 @@ def _loader(config: Config, url: str, comm: Comm, device: torch.device, split: s
     )  # fmt: skip
 
 
-def _parts(batch: dict, train: Train) -> Iterator[dict]:
-    """The batch in pieces of at most ``batch_size`` samples (gradient accumulation). The last global batch may leave a rank some
-    empty ones, which are passed over unless all ranks must run the network together."""
-    for start in range(0, train.batch_size * train.accumulate, train.batch_size):
-        part = {k: v if k == "total" else v[start : start + train.batch_size] for k, v in batch.items()}
-        if part["patch_id"] or train.sync_batch_norm:
-            yield part
+def _parts(batch: dict, train: Train, comm: Comm) -> Iterator[dict]:
+    """The batch in pieces of at most ``batch_size`` samples (gradient accumulation). The last global batch may leave a rank fewer
+    than others; it runs the network on nothing where batch norm wants all ranks together."""
+    largest = -(-int(batch["total"]) // comm.size)
+    mine = largest if train.sync_batch_norm else len(batch["patch_id"])
+    for start in range(0, mine, train.batch_size):
+        yield {k: v if k == "total" else v[start : start + train.batch_size] for k, v in batch.items()}
 
 
 def _in_full(output):
@@ -211,13 +235,14 @@ def _save(folder_url: str, config: Config, identity: str, state: State, comm: Co
 
 
 def _result(config: Config, dataset: PatchDataset, folder_url: str, state: State, stopped: str, identity: str) -> dict:
-    """Write the model of the best epoch, and say what came out."""
-    row = best(state.history)
-    folder = storage.join(folder_url, CHECKPOINTS)
-    chosen = [c for c in checkpoint.present(folder) if (c.epoch, c.position) == (row["epoch"], None)]
-    if not chosen:
-        raise TrainingError(f"{folder}: the checkpoint of epoch {row['epoch']}, the best, is gone")
-    saved = checkpoint.load(chosen[-1])
+    """Write the model of the best epoch that can still be read, and say what came out."""
+    ends = {c.epoch: c for c in checkpoint.present(storage.join(folder_url, CHECKPOINTS)) if c.position is None}
+    for row in sorted((r for r in state.history if r["epoch"] in ends), key=_merit, reverse=True):
+        saved = checkpoint.readable(ends[row["epoch"]])
+        if saved:
+            break
+    else:
+        raise TrainingError(f"{folder_url}: no checkpoint of the end of an epoch can be read")
     Model.build(model_spec(config, dataset), saved["averaged"] or saved["network"]).save(storage.join(folder_url, MODEL))
     return {
         "history": state.history, "best": row, "stopped": stopped, "model": storage.join(folder_url, MODEL), "identity": identity,

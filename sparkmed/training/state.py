@@ -30,31 +30,32 @@ class Losses:
     def __init__(self, total: float = 0.0, samples: int = 0):
         self._total: Tensor | float = total
         self._samples = samples
-        self._last: tuple | None = None
+        self._present: list[tuple] = []
+        self._before: list[tuple] = []
 
     def add(self, values: Tensor, patch_ids: Sequence[str], epoch: int, step: int) -> None:
         """Count ``values`` (B,), one loss per patch."""
-        self._check()
         values = values.detach()
-        self._last = values, patch_ids, epoch, step
+        self._present.append((values, patch_ids, epoch, step))
         self._total = self._total + values.double().sum()
         self._samples += len(patch_ids)
 
     def over(self, comm: Comm) -> tuple[float, int]:
         """Sum and number over all ranks. Raises :class:`TrainingError` that names patches whose loss is not finite."""
-        self._check()
+        self.check()
+        self.check()
         parts = comm.gather((float(self._total), self._samples))
         return sum(p[0] for p in parts), sum(p[1] for p in parts)
 
-    def _check(self) -> None:
-        if self._last is None:
-            return
-        (values, ids, epoch, step), self._last = self._last, None
-        wrong = ", ".join(f"{p} ({v:g})" for p, v in zip(ids, values.tolist(), strict=True) if not math.isfinite(v))
-        if wrong:
-            raise TrainingError(
-                f"loss is not finite in epoch {epoch}, step {step}, patches {wrong}; try a lower train.optimizer.lr"
-            )
+    def check(self) -> None:
+        """Look at the losses of the step before, where ranks meet: the one that has such a patch is the one that says so."""
+        for values, ids, epoch, step in self._before:
+            wrong = ", ".join(f"{p} ({v:g})" for p, v in zip(ids, values.tolist(), strict=True) if not math.isfinite(v))
+            if wrong:
+                raise TrainingError(
+                    f"loss is not finite in epoch {epoch}, step {step}, patches {wrong}; try a lower train.optimizer.lr"
+                )
+        self._before, self._present = self._present, []
 
 
 @dataclass
@@ -99,12 +100,23 @@ class State:
             for mine, its in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
                 mine.copy_(its)
 
+    def level(self, comm: Comm) -> None:
+        """Make running statistics equal on all ranks: their mean, and rank 0's counts."""
+        buffers = list({id(b): b for b in [*self.network.buffers(), *self.averaged.buffers()]}.values())
+        comm.average(buffers)
+        counts = [b for b in buffers if not b.is_floating_point()]
+        if counts:
+            for count, first in zip(counts, comm.broadcast([c.cpu() for c in counts]), strict=True):
+                count.copy_(first)
+
     def end_epoch(self, row: dict) -> None:
         self.history.append(row)
         self.losses, self.seconds = Losses(), 0.0
 
     def saved(self, comm: Comm, feed: PatchLoader | None) -> dict[str, Any]:
         """Tensors and plain values; with ``feed``, within an epoch, also what differs between ranks. All ranks call it."""
+        if not all(torch.isfinite(p).all() for p in self.network.parameters()):
+            raise TrainingError(f"weights are not finite after step {self.step}; try a lower train.optimizer.lr")
         averaged = None if self.averaged is self.network else self.averaged.state_dict()
         saved = {"network": self.network.state_dict(), "averaged": averaged, "optimizer": self.optimizer.state_dict()}
         saved |= {"scaler": self.scaler.state_dict(), "step": self.step, "history": self.history, "partial": None}
@@ -117,6 +129,7 @@ class State:
 
     def restore(self, saved: dict[str, Any] | None, feed: PatchLoader, comm: Comm) -> None:
         """Become what :meth:`saved` gave, and set ``feed`` to where it stood; None changes nothing."""
+        self.scaler.scale(torch.zeros((), device=next(self.network.parameters()).device))  # a rank may begin without samples
         if saved is None:
             return
         self.network.load_state_dict(saved["network"])

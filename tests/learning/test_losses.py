@@ -52,6 +52,13 @@ def test_classification(component):
     assert right < 0.01 and wrong > 3
 
 
+def test_class_weights_count_for_images():
+    output, target = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    plain = losses.build(None, "classification")(output, target)
+    weighted = losses.build(Component(name="CrossEntropyLoss", weight=[1.0, 10.0]), "classification")(output, target)
+    assert torch.allclose(weighted, plain * torch.tensor([1.0, 10.0, 10.0, 1.0]))
+
+
 def test_deep_supervision_weighs_levels_by_halves():
     loss = losses.build(None, "segmentation")
     coarse = torch.randn(3, 4, 3, 5, 1)

@@ -131,8 +131,9 @@ def test_a_state_of_another_order_is_refused(uneven, tmp_path):
     for loader in [*loaders, PatchLoader(other)]:
         with pytest.raises(InputError, match="another order of samples"):
             loader.load_state_dict(state)
-    with pytest.raises(InputError, match="position 99"):
-        PatchLoader(uneven).load_state_dict(state | {"position": 99})
+    for wrong in (99, None, "3"):
+        with pytest.raises(InputError, match=f"position {wrong}"):
+            PatchLoader(uneven).load_state_dict(state | {"position": wrong})
 
 
 def test_a_split_is_read_alone(uneven):
@@ -248,9 +249,13 @@ def test_what_is_held_stays_within_the_memory(tmp_path, monkeypatch):
     assert 3 <= most <= 7  # read ahead, and one that is just being let go
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}, {"seed": -1}, {"world_size": 0}]
-)
+WRONG = [
+    {"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}, {"seed": -1}, {"world_size": 0}, {"memory_mb": float("nan")},
+    {"window_mb": -1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_arguments(uneven, arguments):
     with pytest.raises(InputError, match="PatchLoader wants"):
         PatchLoader(uneven, **arguments)
@@ -380,6 +385,16 @@ def test_a_dataset_of_others_that_is_vouched_for(tmp_path):
         ([fields[0] | {"codec": "pickle"}], "codec 'pickle'; known are ndarray, compressed_ndarray, image, scalar"),
         ([fields[0] | {"column": "photo"}], "has no column photo"),
         ([fields[2]], "image among them"),
+        ([fields[0], fields[2] | {"name": "weight", "column": "age"}], "not weight or total"),
+        ([fields[0], fields[0]], "of different names"),
+        ([fields[0] | {"colum": "x"}], "field image has keys colum, which mean nothing"),
+        ([fields[0] | {"shape": [None, 5]}], "field image has shape .None, 5., wanted whole numbers above 0"),
+        ([fields[0] | {"dtype": "int61"}], "dtype 'int61', which numpy does not know"),
+        ([fields[0] | {"dtype": ">i2"}], "dtype >i2, wanted whole or real numbers in native order"),
+        ([fields[0] | {"codec": "scalar"}], "field image has codec scalar, wanted one of ndarray"),
+        ([fields[0], fields[2] | {"name": "patch_id", "column": "age"}], "field patch_id wants dtype str"),
+        ([fields[0], fields[2] | {"dtype": "int8"}], "split=train/0.parquet, row group .: Cannot cast"),
+        (None, "wants a list of fields"),
     ]:
         with pytest.raises(InputError, match=said):
             list(PatchLoader(str(tmp_path), schema={"fields": wrong}))

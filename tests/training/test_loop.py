@@ -270,3 +270,40 @@ def test_a_compiled_network_learns_the_same(balls, tmp_path):
     plain = loop.fit(project(epochs=1), balls, str(tmp_path / "a"))["history"]
     compiled = loop.fit(project(epochs=1, compile=True), balls, str(tmp_path / "b"))["history"]
     assert compiled[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], abs=1e-4)
+
+
+def test_weights_that_are_not_finite_are_never_kept(balls, tmp_path):
+    one_step = project(epochs=1, batch_size=18, clip_norm=None, optimizer={"name": "SGD", "lr": 1e38})  # of a finite loss
+    with pytest.raises(TrainingError, match="validation loss is nan in epoch 0"):
+        loop.fit(one_step, balls, str(tmp_path))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_the_next_best_model_is_kept_where_the_best_is_damaged(balls, tmp_path):
+    settings = project(epochs=3, keep_checkpoints=3)
+    first = loop.fit(settings, balls, str(tmp_path))
+    (best,) = tmp_path.glob(f"checkpoints/epoch-{first['best']['epoch']:05d}-*")
+    best.write_bytes(best.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="passed over"):
+        again = loop.fit(settings, balls, str(tmp_path))
+    if first["best"]["epoch"] < 2:  # else it was the last, and that epoch was done again
+        assert again["best"]["epoch"] != first["best"]["epoch"]
+    assert Model.load(again["model"])
+
+
+def test_batch_norm_and_a_step_of_one_patch(balls, tmp_path):
+    network = {"name": "UNet", "channels": [4, 8, 8, 8, 8], "strides": [2, 2, 2, 2], "norm": "batch", "num_res_units": 1}
+    with pytest.raises(InputError, match="18 patches in batches of 17 on 1 ranks: some step gives a rank a single one"):
+        loop.fit(project(network=network, batch_size=17), balls, str(tmp_path))
+
+
+def test_an_empty_split(tmp_path):
+    url = datasets.write(tmp_path / "data", {"train": [datasets.balls(4)], "val": [[]]})
+    with pytest.raises(InputError, match="split val has no patch"):
+        loop.check(project(), loop.PatchDataset(url, "val"))
+
+
+def test_checkpoints_go_to_any_file_system(balls):
+    result = loop.fit(project(epochs=1), balls, "memory://lake/run")
+    assert loop.fit(project(epochs=2), balls, "memory://lake/run")["history"][:1] == result["history"]
+    assert Model.load(result["model"])
