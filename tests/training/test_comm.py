@@ -1,4 +1,5 @@
 import copy
+import math
 import socket
 import time
 
@@ -173,6 +174,15 @@ def test_training_with_synchronised_batch_norm_is_that_of_one_process(tmp_path):
             [expected[k] for k in ("train_loss", "val_loss")], abs=1e-5
         )
     assert same(last_weights(tmp_path / "one"), last_weights(tmp_path / "two"), 1e-5)
+
+
+def test_synchronised_batch_norm_never_sees_a_part_that_is_empty_on_all_ranks(tmp_path):
+    """9 patches in global batches of 8, in two parts: of the last one only the first part has any."""
+    splits = {"train": [datasets.balls(9, prefix="t")], "val": [datasets.balls(5, seed=1, prefix="v")]}
+    url = datasets.write(tmp_path / "data", splits)
+    both = project(network=TINY | {"norm": "batch"}, processes=2, batch_size=2, accumulate=2, sync_batch_norm=True)
+    (history, _) = as_ranks(lambda group: loop.fit(both, url, str(tmp_path / "two"), group)["history"])
+    assert all(math.isfinite(r["train_loss"]) and math.isfinite(r["val_loss"]) for r in history)
 
 
 def test_one_process_keeps_its_batch_norm():
