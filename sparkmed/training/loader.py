@@ -1,5 +1,6 @@
 """PatchLoader: each patch of a dataset exactly once per epoch, in an order that no rank, thread or machine changes."""
 
+import functools
 import itertools
 import queue
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparkmed.dataset import Field
 from sparkmed.rejection import InputError
 from sparkmed.training.cache import FileCache
 from sparkmed.training.dataset import Block, PatchDataset, blocks_bytes
@@ -25,7 +27,7 @@ SMALL = 32768
 
 
 HANDFUL = 1 << 20
-"""Bytes of images that change hands at once: each time costs a switch of threads."""
+"""Bytes of small batches that are made, and change hands, together: either costs some Python each time."""
 
 
 class Order:
@@ -87,14 +89,10 @@ class Step:
     total: int
     finished: int
 
-    def runs(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(block, its rows) of each block in turn."""
-        if not len(self.samples):
-            return
-        blocks, rows = self.samples.T
-        edges = [0, *(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1).tolist(), len(blocks)]
-        for first, last in itertools.pairwise(edges):
-            yield blocks[first].item(), rows[first:last]
+    @functools.cached_property
+    def blocks(self) -> list[int]:
+        """Which blocks it takes samples of."""
+        return list(dict.fromkeys(self.samples[:, 0].tolist()))
 
 
 class PatchLoader:
@@ -227,11 +225,12 @@ class PatchLoader:
         ahead: deque[Step] = deque()
         room = self._memory_bytes - READERS * max((b.bytes for b in blocks), default=0)  # a read takes its own size besides
         finished, upcoming = 0, next(steps, None)
+        handful = max(1, HANDFUL * self.dataset.rows // (self.batch_size * max(1, blocks_bytes(blocks))))
         pool = ThreadPoolExecutor(READERS, "patch-reader")
         try:
             while upcoming or ahead:
                 while upcoming:
-                    needed = [b for b, _ in upcoming.runs() if b not in reading]
+                    needed = [b for b in upcoming.blocks if b not in reading]
                     size = sum(blocks[b].bytes for b in needed)
                     if ahead and (size > room or len(ahead) >= 1000):
                         break
@@ -240,57 +239,67 @@ class PatchLoader:
                     room -= size
                     ahead.append(upcoming)
                     upcoming = next(steps, None)
-                step = ahead.popleft()
-                runs = list(step.runs())
-                held = {b: reading[b].result() for b, _ in runs}
+                together = [ahead.popleft() for _ in range(min(len(ahead), handful))]
+                held = {b: reading[b].result() for b in {b for step in together for b in step.blocks}}
                 if kept is not None:
                     kept.update(held)
-                yield step.end, self._collate([(held[b], rows) for b, rows in runs], step.total)
-                for window in order.windows[finished : step.finished]:
+                yield from zip([step.end for step in together], self._collate(together, held), strict=True)
+                for window in order.windows[finished : together[-1].finished]:
                     for b in window:
                         if reading.pop(b, None) is not None:
                             room += blocks[b].bytes
-                finished = step.finished
+                finished = together[-1].finished
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _collate(self, runs: list[tuple[dict, np.ndarray]], total: int) -> dict:
-        """The batch of (columns of a row group, rows of it); one copy from row group to batch."""
-        n, size = sum(len(rows) for _, rows in runs), self.batch_size
-        batch: dict = {}
-        for field in self.dataset.fields:
-            parts = [(columns[field.name], rows) for columns, rows in runs]
-            if field.dtype == "str":
-                batch[field.name] = [column[r] for column, rows in parts for r in rows.tolist()] + [""] * (size - n)
-                continue
-            shape = () if field.codec == "scalar" else field.shape
-            tensor = torch.empty((size, *shape), dtype=_torch_dtype(field.dtype), pin_memory=self.pin_memory)
-            array = tensor.numpy()
-            array[n:] = 0
-            filled = 0
-            for column, rows in parts:
-                if field.codec == "scalar":
-                    array[filled : filled + len(rows)] = column[rows]
-                else:
-                    _copy(column.matrix, rows, array[filled : filled + len(rows)].reshape(len(rows), -1).view(np.uint8))
-                filled += len(rows)
-            batch[field.name] = tensor
-        if "label" in batch and batch["label"].ndim == 4:
-            batch["label"] = batch["label"][:, None]
-        weight = torch.ones(size)
-        weight[n:] = 0
-        return batch | {"weight": weight, "total": torch.tensor(float(total))}
+    def _collate(self, steps: list[Step], held: dict[int, dict]) -> Iterator[dict]:
+        """The batches of ``steps``, from the columns of their row groups; one copy from row group to batch."""
+        size = self.batch_size
+        samples = np.concatenate([step.samples for step in steps])
+        places = np.concatenate([i * size + np.arange(len(step.samples)) for i, step in enumerate(steps)])
+        padding = np.setdiff1d(np.arange(len(steps) * size), places)
+        order = np.argsort(samples[:, 0], kind="stable")
+        samples, places = samples[order], places[order]
+        edges = [0, *(np.flatnonzero(np.diff(samples[:, 0])) + 1).tolist(), len(samples)]
+        runs = [slice(*edge) for edge in itertools.pairwise(edges)] if len(samples) else []
+        parts = [(held[samples[r.start, 0].item()], samples[r, 1], places[r]) for r in runs]
+        columns = {field.name: self._column(field, parts, padding, len(steps) * size) for field in self.dataset.fields}
+        columns["weight"] = torch.ones(len(steps) * size)
+        columns["weight"][padding] = 0
+        for i, step in enumerate(steps):
+            batch = {name: column[i * size : (i + 1) * size] for name, column in columns.items()}
+            yield batch | {"total": torch.tensor(float(step.total))}
+
+    def _column(self, field: Field, parts: list[tuple[dict, np.ndarray, np.ndarray]], padding: np.ndarray, size: int):
+        """Of ``size`` samples: (columns of a row group, rows of it, where they go), and where there is nothing."""
+        if field.dtype == "str":
+            texts = [""] * size
+            for columns, rows, places in parts:
+                column = columns[field.name]
+                for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+                    texts[place] = column[row]
+            return texts
+        shape = () if field.codec == "scalar" else field.shape
+        tensor = torch.empty((size, *shape), dtype=_torch_dtype(field.dtype), pin_memory=self.pin_memory)
+        array = tensor.numpy()
+        array[padding] = 0
+        for columns, rows, places in parts:
+            if field.codec == "scalar":
+                array[places] = columns[field.name][rows]
+            else:
+                _copy(columns[field.name].matrix, rows, array.reshape(size, -1).view(np.uint8), places)
+        return tensor[:, None] if field.name == "label" and tensor.ndim == 4 else tensor
 
 
-def _copy(matrix: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    """``out[:] = matrix[rows]`` for ascending rows, with one copy where that counts."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        out[:] = matrix[rows[0] : rows[-1] + 1]
-    elif matrix.shape[1] < SMALL:
-        out[:] = matrix[rows]
+def _copy(matrix: np.ndarray, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+    """``out[places] = matrix[rows]``, with one copy where that counts."""
+    if matrix.shape[1] >= SMALL:
+        for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+            out[place] = matrix[row]
+    elif (np.diff(rows) == 1).all() and (np.diff(places) == 1).all():
+        out[places[0] : places[-1] + 1] = matrix[rows[0] : rows[-1] + 1]
     else:
-        for target, row in zip(out, rows.tolist(), strict=True):
-            target[:] = matrix[row]
+        out[places] = matrix[rows]
 
 
 def _torch_dtype(name: str) -> torch.dtype:
