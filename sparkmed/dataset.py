@@ -373,7 +373,7 @@ def description(
         "format_version": FORMAT_VERSION,
         "name": config.name,
         "version": version(rows, config),
-        "digest": digest(version(rows, config), sorted(uid for s in spills for uid in s.refused)),
+        "digest": digest(version(rows, config), sorted(uid for s in spills for uid in s.refused))[:16],
         "task": config.task,
         "classes": list(config.classes),
         "seed": config.seed,

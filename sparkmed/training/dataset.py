@@ -126,7 +126,7 @@ class PatchDataset:
         url = storage.join(self.url, path)
         local, copied = storage.local_path(url), self._versions.get(path)
         if local:
-            source = pa.OSFile(str(local))
+            source = pa.OSFile(str(local), memory_pool=_memory_pool())
         else:
             source = self._cache.open(url, self._sizes[path], copied) if copied else storage.open(url)
         with source:
