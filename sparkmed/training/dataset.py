@@ -91,7 +91,13 @@ class PatchDataset:
 
     def _files(self) -> list[str]:
         files = []
-        for file in storage.walk(self.url):
+        try:
+            found = list(storage.walk(self.url))
+        except FileNotFoundError:
+            raise DatasetError(f"dataset {self.url}: there is no such folder") from None
+        if [f.uri for f in found] == [self.url]:
+            raise DatasetError(f"dataset {self.url} is a file, wanted the folder that it is in")
+        for file in found:
             parts = file.path.split("/")
             if not file.path.endswith(".parquet") or any(p.startswith(("_", ".")) for p in parts):
                 continue
@@ -269,6 +275,8 @@ def _decode(column: pa.ChunkedArray, field: Field) -> Payloads | np.ndarray | li
         decode = _image if field.codec == "image" else _unpacked
         return Payloads(np.stack([_bytes_of(decode(p), field) for p in column.to_pylist()]))
     if field.dtype == "str":
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise ValueError(f"field {field.name} is a column of {column.type}, wanted text")
         return column.to_pylist()
     return column.to_numpy().astype(field.dtype, casting="safe", copy=False)
 

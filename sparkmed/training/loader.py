@@ -218,8 +218,8 @@ class PatchLoader:
             stop.set()
             maker.join()
 
-    def _batches(self, order: Order, steps: Iterator[Step]) -> Generator[tuple[int, dict], None, None]:
-        """(position behind it, batch) of each step; row groups are read ahead as far as memory allows."""
+    def _batches(self, order: Order, steps: Iterator[Step]) -> Generator[deque[tuple[int, dict]], None, None]:
+        """(position behind it, batch) of each step, by the handful; row groups are read ahead as far as memory allows."""
         blocks, kept = self.dataset.blocks, self._kept
         reading: dict[int, Future] = {}  # what is held, or being read
         ahead: deque[Step] = deque()
@@ -243,7 +243,7 @@ class PatchLoader:
                 held = {b: reading[b].result() for b in {b for step in together for b in step.blocks}}
                 if kept is not None:
                     kept.update(held)
-                yield from zip([step.end for step in together], self._collate(together, held), strict=True)
+                yield deque(zip([step.end for step in together], self._collate(together, held), strict=True))
                 for window in order.windows[finished : together[-1].finished]:
                     for b in window:
                         if reading.pop(b, None) is not None:
@@ -313,7 +313,7 @@ def _done(value) -> Future:
 
 
 def _produce(batches: Generator, ready: queue.Queue, stop: threading.Event) -> None:
-    """Thread: put batches, small ones by the handful, then None, or the exception that ended them, until told to stop."""
+    """Thread: put handfuls of batches, then None, or the exception that ended them, until told to stop."""
 
     def put(item) -> bool:
         while not stop.is_set():
@@ -324,21 +324,13 @@ def _produce(batches: Generator, ready: queue.Queue, stop: threading.Event) -> N
                 continue
         return False
 
-    handful: deque = deque()
-    size = 0
     try:
-        for position, batch in batches:
-            handful.append((position, batch))
-            size += batch["image"].nbytes
-            del batch
-            if size >= HANDFUL:
-                if not put(handful):
-                    return
-                handful, size = deque(), 0
-        put(handful)
+        for handful in batches:
+            if not put(handful):
+                return
+            del handful
         put(None)
-    except BaseException as e:  # it belongs to the consumer, behind what is whole
-        put(handful)
+    except BaseException as e:  # it belongs to the consumer
         put(e)
     finally:
         batches.close()

@@ -32,8 +32,8 @@ from sparkmed.training.state import State, TrainingError
 HISTORY, CHECKPOINTS, MODEL = "history.jsonl", "checkpoints", "model"
 
 MAY_CHANGE = PLACE_KEYS | {"batch_size", "accumulate", "epochs", "max_minutes", "patience"}
-"""Keys of ``train`` with which a run may be continued; with the same global batch and ``scale_lr: none``
-it goes on as if nothing had changed."""
+"""Keys of ``train`` with which a run may be continued; ranks of another number learn the same if the
+global batch is the same and ``scale_lr`` none."""
 
 
 def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = None) -> dict:

@@ -394,10 +394,20 @@ def test_a_dataset_of_others_that_is_vouched_for(tmp_path):
         ([fields[0] | {"codec": "scalar"}], "field image has codec scalar, wanted one of ndarray"),
         ([fields[0], fields[2] | {"name": "patch_id", "column": "age"}], "field patch_id wants dtype str"),
         ([fields[0], fields[2] | {"dtype": "int8"}], "split=train/0.parquet, row group .: Cannot cast"),
+        ([fields[0], fields[2] | {"dtype": "str"}], "row group .: field age is a column of int32, wanted text"),
         (None, "wants a list of fields"),
     ]:
         with pytest.raises(InputError, match=said):
             list(PatchLoader(str(tmp_path), schema={"fields": wrong}))
+
+
+def test_a_url_that_is_no_folder(tmp_path):
+    fields = {"fields": [{"name": "image", "dtype": "uint8", "shape": [2], "codec": "ndarray"}]}
+    with pytest.raises(InputError, match="there is no such folder"):
+        PatchLoader(str(tmp_path / "none"), schema=fields)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match="is a file, wanted the folder"):
+        PatchLoader(str(tmp_path / "a.parquet"), schema=fields)
 
 
 def png(array) -> bytes:
