@@ -7,17 +7,21 @@ import secrets
 import stat
 
 from sparkmed import storage
-from sparkmed.config import Config
+from sparkmed.config import Config, Identity
 from sparkmed.rejection import InputError
 
 
 def load_key(config: Config) -> tuple[bytes, str]:
-    """The HMAC key and where it came from: the config's file, its environment variable, or one made in the lake.
+    """:func:`key_of` the config's section, made in the lake when nothing else is named."""
+    return key_of(config.identity, storage.join(config.lake, "subject.key"))
+
+
+def key_of(identity: Identity, url: str) -> tuple[bytes, str]:
+    """The HMAC key and where it came from: the config's file, its environment variable, or one made at ``url``.
 
     A key made here is readable by its owner only; whoever loses it can no longer tell which subject a new study belongs to.
     Raises :class:`InputError` when the named file is missing or the key is shorter than 16 bytes.
     """
-    identity = config.identity
     if identity.key_file:
         try:
             return _long_enough(storage.read_bytes(identity.key_file).strip(), identity.key_file), identity.key_file
@@ -25,7 +29,6 @@ def load_key(config: Config) -> tuple[bytes, str]:
             raise InputError(f"identity.key_file {identity.key_file}: {e.strerror or e}") from None
     if os.environ.get(identity.key_env):
         return _long_enough(os.environ[identity.key_env].encode(), f"environment variable {identity.key_env}"), identity.key_env
-    url = storage.join(config.lake, "subject.key")
     if not storage.exists(url):
         _create(url, secrets.token_hex(32).encode())
     return _long_enough(storage.read_bytes(url).strip(), url), url
@@ -41,7 +44,7 @@ def _create(url: str, key: bytes):
     path = storage.local_path(url)
     if path is None:
         raise InputError(
-            "no pseudonym key is made in a remote lake: name a file in identity.key_file or set the variable of identity.key_env"
+            "no pseudonym key is made on remote storage: name a file in identity.key_file or set the variable of identity.key_env"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

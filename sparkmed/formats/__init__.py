@@ -8,18 +8,23 @@ is the whole path in one process; the Spark stages call its parts: :func:`archiv
 
 import hashlib
 import io
+import json
+from collections import defaultdict
 
 import numpy as np
 
 from sparkmed import config, storage
-from sparkmed.formats import archive, dicom, nifti, raster, series
+from sparkmed.formats import archive, dicom, dicom_seg, isolation, nifti, raster, rtstruct, segmentation, series
 from sparkmed.formats.archive import Member, members
-from sparkmed.formats.instance import MAX_VOLUME_BYTES, Instance, VolumeHeader
+from sparkmed.formats.instance import MAX_VOLUME_BYTES, Instance, VolumeHeader, to_json
 from sparkmed.formats.series import assemble
+from sparkmed.imaging.geometry import Grid
 from sparkmed.imaging.volume import Volume
 from sparkmed.rejection import Refused, Rejection
 
 __all__ = ["Instance", "Member", "VolumeHeader", "assemble", "inspect", "members", "read_archive", "read_instance", "read_volume"]
+
+_SEGMENTATIONS = {"dicom_seg": dicom_seg, "rtstruct": rtstruct}
 
 
 def read_instance(member: Member) -> Instance:
@@ -59,7 +64,12 @@ def _read_header(stream, size: int) -> dict:
     start = stream.read(64 << 10)
     stream.seek(0)
     if dicom.recognise(start):
-        return dicom.read_header(stream, size)
+        fields = dicom.read_header(stream, size)
+        if fields["kind"] == "segmentation":
+            stream.seek(0)
+            more = _SEGMENTATIONS[dicom.SEGMENTATIONS[fields["sop_class"]]].read_facts(stream)
+            fields["header"] = to_json(json.loads(fields["header"]) | more)
+        return fields
     picture = raster.recognise(start)
     if picture:
         return raster.read_header(stream, size, picture)
@@ -73,17 +83,19 @@ def read_volume(header: VolumeHeader) -> Volume:
     """The voxels of a volume as real-world values on their grid.
 
     Sources are read from where they lie, each container once, and must still have the catalogued SHA-256 (``CHANGED``).
-    DICOM: integers when rescale adds integers, else float32 (float64 for more than 24 bits). NIfTI and pictures: see
-    :func:`nifti.read_array` and :func:`raster.read_array`. Raises :class:`Refused` and nothing else.
+    DICOM: integers when rescale adds integers, else float32 (float64 for more than 24 bits). NIfTI, pictures, segmentations: see
+    :func:`nifti.read_array`, :func:`raster.read_array`, :func:`segmentation.on_grid`. Raises :class:`Refused` and nothing else,
+    unless decoders shall run in a child process and there can be none: see :mod:`isolation`.
     """
     try:
         size = int(np.prod(header.shape, dtype=object))
         if size > MAX_VOLUME_BYTES:
             raise Refused("TOO_LARGE", f"a volume of {header.shape} voxels")
-        array = _read_dicom(header) if header.format == "dicom" else _read_single(header)
+        segments = segmentation.is_segmentation(header)
+        array = (_read_dicom if header.format == "dicom" else _read_segmentation if segments else _read_single)(header)
         affine = np.array(header.affine, np.float64).reshape(4, 4)
         return Volume(array, affine, header.series_uid, header.modality, header.sources)
-    except Refused:
+    except (Refused, isolation.Unavailable):
         raise
     except (MemoryError, RecursionError, Exception) as e:
         raise Refused("BROKEN_FILE", f"the voxels cannot be read ({type(e).__name__})") from None
@@ -98,9 +110,22 @@ def _sources(header: VolumeHeader):
 
 
 def _read_single(header: VolumeHeader) -> np.ndarray:
-    read = {"nifti": nifti.read_array, "raster": raster.read_array}[header.format]
     ((_, data),) = _sources(header)
-    array = read(data)
+    read = {"nifti": nifti.read_array, "raster": raster.read_array}[header.format]
+    return _of_shape(isolation.decode(read, data, what=f"{header.format} on source 1 of 1"), header)
+
+
+def _read_segmentation(header: VolumeHeader) -> np.ndarray:
+    parts, grid = header.facts.get("parts") or [{"format": header.format, **header.facts}], Grid(header.affine, header.shape[1:])
+
+    def painted(position, data):
+        part, what = parts[position], f"{parts[position]['format']} on source {position + 1} of {len(parts)}"
+        return isolation.decode(_SEGMENTATIONS[part["format"]].read_array, data, part, grid, what=what)
+
+    return _of_shape(segmentation.together(painted(n, data) for n, data in _sources(header)), header)
+
+
+def _of_shape(array: np.ndarray, header: VolumeHeader) -> np.ndarray:
     if array.shape != tuple(header.shape):
         raise Refused("BAD_SHAPE", f"voxels of shape {array.shape}, the header says {tuple(header.shape)}")
     return array
@@ -108,25 +133,35 @@ def _read_single(header: VolumeHeader) -> np.ndarray:
 
 def _read_dicom(header: VolumeHeader) -> np.ndarray:
     facts = header.facts
-    channels, columns, rows, slices = header.shape
-    times = len(header.sources) // slices
+    channels, columns, rows, slices = facts["stacked"]["shape"] if "stacked" in facts else header.shape
+    slots = facts.get("frames") or [[n, 0] for n in range(len(header.sources))]
+    times = len(slots) // slices
     array = np.empty((times, slices, channels // times, rows, columns), np.dtype(facts["dtype"]))  # as slices come
     pixels, syntaxes = facts["pixels"], facts["syntaxes"]
-    for position, data in _sources(header):
-        one = pixels[position if len(pixels) > 1 else 0]
-        stored = dicom.read_pixels(data, one, syntaxes[position if len(syntaxes) > 1 else 0])
-        if stored.shape != (channels // times, columns, rows):
-            raise Refused("BAD_SHAPE", f"image {position + 1} of {len(header.sources)} decodes to {stored.shape}")
-        values = dicom.real_world(stored, one, header.modality, array.dtype)
-        array[position // slices, position % slices] = values.transpose(0, 2, 1)
+    by_source: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for slot, (source, frame) in enumerate(slots):
+        by_source[source].append((frame, slot))
+    for source, data in _sources(header):
+        wanted = sorted(by_source[source])
+        one, syntax = pixels[wanted[0][1] if len(pixels) > 1 else 0], syntaxes[source if len(syntaxes) > 1 else 0]
+        what = f"{dicom.decoder(syntax, one) or 'native'} on source {source + 1} of {len(header.sources)}"
+        decoded = isolation.decode_each(dicom.read_frames, data, one, syntax, [frame for frame, _ in wanted], what=what)
+        for stored, (frame, slot) in zip(decoded, wanted, strict=True):
+            if stored.shape != (channels // times, columns, rows):
+                raise Refused("BAD_SHAPE", f"frame {frame + 1} of image {source + 1} decodes to {stored.shape}")
+            values = dicom.real_world(stored, pixels[slot if len(pixels) > 1 else 0], header.modality, array.dtype)
+            array[slot // slices, slot % slices] = values.transpose(0, 2, 1)
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             raise Refused("NON_FINITE", f"{bad} of {array.size} voxels are NaN or infinite")
-    return array.transpose(0, 2, 4, 3, 1).reshape(header.shape)
+    array = array.transpose(0, 2, 4, 3, 1).reshape(channels, columns, rows, slices)
+    return series.straightened(array, header) if "stacked" in facts else array
 
 
-def read_headers(url: str, limits: config.Catalog | None = None) -> tuple[list[VolumeHeader], list[Rejection]]:
+def read_headers(
+    url: str, limits: config.Catalog | None = None, settings: config.Volumes | None = None
+) -> tuple[list[VolumeHeader], list[Rejection]]:
     """What the files below ``url`` would make: volumes without their voxels, and refusals."""
     instances, rejections = [], []
     for file in storage.walk(url):
@@ -138,23 +173,32 @@ def read_headers(url: str, limits: config.Catalog | None = None) -> tuple[list[V
                 instances.append(read_instance(member))
             except Refused as e:
                 rejections.append(e.at(member.uri, archive.STAGE))
-    headers, refused = assemble(instances)
-    return headers, rejections + refused
+    headers, refused = assemble(instances, settings)
+    headers, homeless = segmentation.placed(headers)
+    return headers, rejections + refused + homeless
 
 
-def read_archive(url: str, limits: config.Catalog | None = None) -> tuple[list[Volume], list[Rejection]]:
+def read_archive(
+    url: str, limits: config.Catalog | None = None, settings: config.Volumes | None = None
+) -> tuple[list[Volume], list[Rejection]]:
     """All volumes below ``url`` (a folder, a file, any storage URL) and why the other files are none.
 
-    Every file is a source of exactly one volume or has a rejection. All volumes are held in memory.
+    Every file is a source of a volume (a multi-frame object maybe of several) or has a rejection. A SEG or RTSTRUCT is a volume of
+    modality ``SEG`` or ``RTSTRUCT`` on the grid of the images that it refers to, with a channel of 0 and 1 per segment.
+    ``settings`` are those of ``volumes:`` in a config. All volumes are held in memory.
     """
-    headers, rejections = read_headers(url, limits)
-    volumes = []
+    headers, rejections = read_headers(url, limits, settings)
+    volumes, refused = [], []
     for header in headers:
         try:
             volumes.append(read_volume(header))
         except Refused as e:
-            rejections += [e.at(uri, series.STAGE) for uri in header.sources]
-    return volumes, rejections
+            refused += [(header, e.at(uri, series.STAGE)) for uri in header.sources]
+    used = {uri for v in volumes for uri in v.sources}
+    for header, rejection in refused:  # a segmentation may fit one of several volumes of a series; an image is needed whole
+        if header.format == "dicom" or rejection.uri not in used:
+            rejections.append(rejection)
+    return volumes, list(dict.fromkeys(rejections))
 
 
 def inspect(url: str) -> str:
@@ -166,7 +210,10 @@ def inspect(url: str) -> str:
         spacing = " x ".join(f"{s:.4g}" for s in np.linalg.norm(affine[:3, :3], axis=0))
         shape = " x ".join(map(str, h.shape))
         facts = h.facts
-        what = ", ".join(str(x) for x in (h.modality, "\\".join(facts.get("type") or []), facts.get("axis")) if x)
+        part = ", ".join(f"{k} {v}" for k, v in facts.get("part", {}).items())
+        along = f"channels by {facts['axis']}" if "axis" in facts else ""
+        resampled = f"resampled: {facts['resampled']}" if "resampled" in facts else ""
+        what = ", ".join(x for x in (h.modality, "\\".join(facts.get("type") or []), part, along, resampled) if x)
         files = f"{len(h.sources)} files, first {h.source_paths[0]}"
         lines.append(f"  {h.uid[:12]}  {h.format:<7} {shape:>22}  {spacing} mm  {what}  {files}")
     lines.append(f"{len(rejections)} refused")

@@ -80,12 +80,13 @@ def kind(path: str) -> str:
 
 
 def members(file: storage.File, limits: config.Catalog | None = None) -> Iterator[Member | Rejection]:
-    """What is in ``file``, in stored order: members, and rejections of those that must not be read.
+    """What is in ``file``, in stored order: members, and rejections of those that must not be read; at least one of them.
 
     Read members while iterating: then a compressed tar is decompressed once; later each is looked up again.
     A name that is not UTF-8 is refused under the spelling of :func:`storage.spelt`.
-    Reasons: ``BAD_NAME``, ``BROKEN_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``, ``SPECIAL_FILE``,
-    ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``, ``UNSUPPORTED_COMPRESSION``, ``UNSUPPORTED_ARCHIVE``, ``UNREADABLE``.
+    Reasons: ``BAD_NAME``, ``BROKEN_ARCHIVE``, ``EMPTY_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``,
+    ``SPECIAL_FILE``, ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``, ``UNSUPPORTED_COMPRESSION``, ``UNSUPPORTED_ARCHIVE``,
+    ``UNREADABLE``.
     """
     limits = limits or config.Catalog()
     if storage.spelt(file.uri) != file.uri:
@@ -101,10 +102,16 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
     if sort == "other":
         yield Rejection(file.uri, STAGE, "UNSUPPORTED_ARCHIVE", "only zip and tar (plain, gz, bz2, xz) archives are read")
         return
+    empty = True
     try:
-        yield from (_zip_members if sort == "zip" else _tar_members)(file, limits)
+        for member in (_zip_members if sort == "zip" else _tar_members)(file, limits):
+            empty = False
+            yield member
     except Refused as e:
         yield e.at(file.uri, STAGE)
+    else:
+        if empty:
+            yield Rejection(file.uri, STAGE, "EMPTY_ARCHIVE", "the archive has no member")
 
 
 def open_uri(uri: str, limits: config.Catalog | None = None) -> bytes:
@@ -297,6 +304,8 @@ class _Bounded(io.RawIOBase):
         else:
             self.plain = True
         self.ratio = limits.max_ratio
+        self.most = SLACK + self.ratio * self.raw.seek(0, io.SEEK_END)
+        self.raw.seek(0)
         self.position = 0
 
     def readable(self):
@@ -362,7 +371,7 @@ def _tar_entries(stream: _Bounded) -> Iterator[tuple[tarfile.TarFile, tarfile.Ta
             raise Refused("BROKEN_ARCHIVE", f"the header at byte {tar.offset} of the tar is damaged; what follows is not read")
 
 
-def _tar_problem(info: tarfile.TarInfo, limits: config.Catalog) -> tuple[str, str] | None:
+def _tar_problem(info: tarfile.TarInfo, stream: _Bounded, limits: config.Catalog) -> tuple[str, str] | None:
     name_problem = _name_problem(info.name)
     if name_problem:
         return name_problem, _NAME_MESSAGES[name_problem]
@@ -370,6 +379,8 @@ def _tar_problem(info: tarfile.TarInfo, limits: config.Catalog) -> tuple[str, st
         return "LINK", "a link is not followed"
     if not info.isreg() or info.issparse():
         return "SPECIAL_FILE", "only plain files are read from a tar"
+    if not stream.plain and info.size > stream.most:
+        return "BOMB", f"{info.size} bytes unpacked, the limit for a tar of its size is {stream.most}"
     if info.size > limits.max_member_bytes:
         return "BOMB", f"{info.size} bytes unpacked, the limit is {limits.max_member_bytes}"
     return None
@@ -402,7 +413,7 @@ def _tar_members(file: storage.File, limits: config.Catalog) -> Iterator[Member 
                 yield Rejection(f"{uri}#{seen[info.name]}", STAGE, "DUPLICATE_MEMBER",
                                 f"member number {seen[info.name]} of this name")  # fmt: skip
                 continue
-            problem = _tar_problem(info, limits)
+            problem = _tar_problem(info, stream, limits)
             if problem:
                 yield Rejection(uri, STAGE, *problem)
                 continue
@@ -423,7 +434,7 @@ def _read_tar(container: str, wanted: list[tuple[int, str]], limits: config.Cata
         for _, info in _tar_entries(stream):
             if info.name not in positions:
                 continue
-            problem = _tar_problem(info, limits)
+            problem = _tar_problem(info, stream, limits)
             if problem:
                 raise Refused(*problem)
             data = _read_tar_member(stream, info)

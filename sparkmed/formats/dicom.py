@@ -1,4 +1,4 @@
-"""DICOM: the facts in a header, and the pixels of one single-frame image.
+"""DICOM: the facts in a header, and the pixels of its frames.
 
 Headers are parsed up to the pixel data and no further. Pixels come out as stored values times slope plus intercept, one
 decoder per transfer syntax, named in :data:`DECODERS`. No exception but :class:`Refused` leaves this module, and no
@@ -9,17 +9,20 @@ import contextlib
 import functools
 import io
 import logging
-import math
 import re
-import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pydicom
 from pydicom.pixels import apply_color_lut, get_decoder
+from pydicom.tag import Tag
 from pydicom.uid import UID
 
+from sparkmed.formats import frames as frame_facts
+from sparkmed.formats import pet
+from sparkmed.formats.header import Header, code
 from sparkmed.formats.instance import check_size, to_json
 from sparkmed.rejection import Refused
 
@@ -49,7 +52,9 @@ PROJECTIONS = frozenset({"CR", "DX", "MG", "RF", "XA", "IO", "PX", "RG"})
 SLICED = frozenset({"CT", "MR", "PT"})
 """Modalities whose images lie in space: without a position there is no volume."""
 
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+"""Whole-slide microscopy."""
+SECONDARY_CAPTURES = frozenset(f"1.2.840.10008.5.1.4.1.1.7{n}" for n in ("", ".1", ".2", ".3", ".4"))
 _NOT_IMAGES = frozenset(
     {
         "1.2.840.10008.1.3.10",  # DICOMDIR
@@ -65,15 +70,29 @@ _NOT_IMAGES = frozenset(
         "1.2.840.10008.5.1.4.1.1.481.2",  # RT dose: a grid of its own scaling
     }
 )
+SEGMENTATIONS = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "dicom_seg",
+    "1.2.840.10008.5.1.4.1.1.66.7": "dicom_seg",  # label map
+    "1.2.840.10008.5.1.4.1.1.481.3": "rtstruct",
+}
+"""Objects that say what the voxels of another series are: module that reads them, by SOP class."""
 _NOT_IMAGE_MODALITIES = frozenset({"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "ECG", "DOC", "REG", "FID"})
 
 _HEADER_KEYWORDS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality ImageType PatientID PatientName "
-    "InstanceNumber AcquisitionNumber TemporalPositionIdentifier TriggerTime FrameReferenceTime EchoTime EchoNumbers "
+    "SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier TriggerTime FrameReferenceTime EchoTime EchoNumbers "
     "DiffusionBValue ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID PixelSpacing ImagerPixelSpacing "
     "NominalScannedPixelSpacing SpacingBetweenSlices SliceThickness "
     "NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation "
-    "RescaleSlope RescaleIntercept ModalityLUTSequence BurnedInAnnotation"
+    "RescaleSlope RescaleIntercept ModalityLUTSequence BurnedInAnnotation ComplexImageComponent DiffusionGradientOrientation "
+    "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSequence "
+    "DetectorInformationSequence SliceVector TimeSlotVector EnergyWindowVector DetectorVector PhaseVector RotationVector "
+    "AngularViewVector "
+    "TotalPixelMatrixColumns TotalPixelMatrixRows TotalPixelMatrixFocalPlanes NumberOfOpticalPaths ImageOrientationSlide "
+    "TotalPixelMatrixOriginSequence DimensionOrganizationType "
+    "Units SUVType CorrectedImage DecayCorrection PatientWeight RadiopharmaceuticalInformationSequence "
+    "SeriesDate SeriesTime AcquisitionDate AcquisitionTime AcquisitionDateTime "
+    "TimezoneOffsetFromUTC ConcatenationUID InConcatenationTotalNumber"
 ).split()
 _PIXEL_KEYWORDS = (
     "SOPInstanceUID NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation PlanarConfiguration "
@@ -84,11 +103,21 @@ _PIXEL_KEYWORDS = (
     "SegmentedBluePaletteColorLookupTableData PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable "
     "ExtendedOffsetTableLengths"
 ).split()
-_TAGS = {k: pydicom.datadict.tag_for_keyword(k) for k in _HEADER_KEYWORDS}
+_PRIVATE = (0x0019100A, 0x0019100C, 0x0019100E, 0x00291010, 0x0043102F, 0x00431039, 0x20011003, 0x70531000)
+"""Of vendors that say there what the standard has no element for, or had none; as they lie in the first block of their group."""
+_BLOCKS = range(0x10, 0x13)
+_HEADER_TAGS = [Tag(k) for k in _HEADER_KEYWORDS] + [
+    Tag(t) for p in _PRIVATE for b in _BLOCKS for t in (p & 0xFFFF0000 | b, p & 0xFFFF0000 | b << 8 | p & 0xFF)
+]
 _PIXEL_TAGS = [pydicom.datadict.tag_for_keyword(k) for k in _PIXEL_KEYWORDS]
 _GROUP_STARTS = (b"\x02\x00", b"\x08\x00")
-_CODE = re.compile(r"^[A-Za-z0-9_ .-]{1,64}$")
-_INFLATE_LIMIT = 1 << 30
+_INTERLEAVED = re.compile(r"\.4\.(5|7|9|20)\d+$")
+"""JPEG and JPEG 2000: samples of a pixel lie together (PS3.5 8.2.1, 8.2.4)."""
+_INFLATE_LIMIT = 64 << 20
+_INFLATE_RATIO = 100
+"""A deflated data set of more bytes than that, and of more than this many times what it is packed in, is refused."""
+_MOST_AT_ONCE = 256 << 20
+"""Bytes of a file on storage that are read in one piece: no element before the pixel data is larger."""
 
 
 def recognise(head: bytes) -> bool:
@@ -140,89 +169,27 @@ def _inflated(stream):
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     packed = stream.read()
     try:
-        data = inflater.decompress(packed, _INFLATE_LIMIT)
+        data = inflater.decompress(packed, max(_INFLATE_LIMIT, _INFLATE_RATIO * len(packed)))
     except zlib.error:
         raise Refused("BROKEN_DICOM", "the deflated data set is damaged") from None
     if inflater.unconsumed_tail:
-        raise Refused("BOMB", f"{len(packed)} deflated bytes unpack to more than {_INFLATE_LIMIT}")
+        raise Refused("BOMB", f"{len(packed)} deflated bytes unpack to more than {len(data)}")
     if not inflater.eof:
         raise Refused("TRUNCATED", "the deflated data set ends early")
     plain = b"1.2.840.10008.1.2.1".ljust(len(DEFLATED), b"\0")
     return io.BytesIO(meta.replace(DEFLATED.encode(), plain, 1) + data), DEFLATED
 
 
-class _Header:
-    """The values of a data set, from the bytes as they stand: faster than pydicom's own conversion, and no warnings.
+class _Sparing:
+    """A file on storage of which no piece is read that only a header's claim makes so large."""
 
-    Absent and empty elements are None; a value that is not what its element holds raises :class:`Refused`.
-    """
+    def __init__(self, stream):
+        self.stream, self.seek, self.tell = stream, stream.seek, stream.tell
 
-    def __init__(self, dataset, little: bool):
-        self.dataset = dataset
-        self.order = "<" if little else ">"
-
-    def __contains__(self, keyword: str) -> bool:
-        return _TAGS[keyword] in self.dataset
-
-    def _value(self, keyword: str) -> tuple[bytes, str | None]:
-        element = self.dataset.get_item(_TAGS[keyword])
-        if element is None or element.value is None:
-            return b"", None
-        if not isinstance(element.value, bytes):
-            if not element.value:
-                return b"", None
-            raise Refused("BAD_VALUE", f"{keyword} holds no plain value")
-        return element.value, element.VR
-
-    def texts(self, keyword: str) -> list[str]:
-        """Code strings and UIDs; what does not look like one is left empty."""
-        value, _ = self._value(keyword)
-        found = [t.strip(" \0") for t in value[:4096].decode("latin-1").split("\\")]
-        return [t if _CODE.match(t) else "" for t in found] if value else []
-
-    def text(self, keyword: str) -> str:
-        return (self.texts(keyword) or [""])[0]
-
-    def numbers(self, keyword: str, count: int | None = None) -> list[float] | None:
-        """Finite numbers, ``count`` of them when given."""
-        value, vr = self._value(keyword)
-        binary = _BINARY.get(vr) or (_BINARY.get(_BINARY_KEYWORDS.get(keyword)) if vr in (None, "UN") else None)
-        if not (value if binary else value.strip(b" \0\\")):
-            return None
-        try:
-            if binary:
-                found = [float(v) for (v,) in struct.iter_unpack(self.order + binary, value)]
-            else:
-                found = [float(v) for v in value.strip(b" \0").split(b"\\")]
-        except (ValueError, struct.error):
-            raise Refused("BAD_VALUE", f"{keyword} is not a number") from None
-        if not all(map(math.isfinite, found)):
-            raise Refused("BAD_VALUE", f"{keyword} is not finite")
-        if count is not None and len(found) != count:
-            raise Refused("BAD_GEOMETRY", f"{keyword} has {len(found)} values, wanted {count}")
-        return found
-
-    def number(self, keyword: str) -> float | None:
-        found = self.numbers(keyword)
-        return None if found is None else found[0]
-
-    def integer(self, keyword: str, default: int | None = None) -> int | None:
-        found = self.number(keyword)
-        return default if found is None else int(found)
-
-
-_BINARY = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FD": "d", "FL": "f"}
-_BINARY_KEYWORDS = {
-    **dict.fromkeys(("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit"), "US"),
-    "PixelRepresentation": "US",
-    "DiffusionBValue": "FD",
-}
-
-
-def _code(value) -> str:
-    """A code string or UID; anything that does not look like one is left out."""
-    text = str(value or "").strip(" \0")
-    return text if _CODE.match(text) else ""
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MOST_AT_ONCE:
+            raise Refused("TOO_LARGE", f"an element before the pixel data has more than {_MOST_AT_ONCE} bytes")
+        return self.stream.read(size)
 
 
 def read_header(stream, size: int) -> dict:
@@ -232,10 +199,10 @@ def read_header(stream, size: int) -> dict:
     ``BAD_SHAPE``, ``PIXEL_LENGTH``, ``DEEP_NESTING``, ``TOO_LARGE``, ``BOMB``.
     """
     with _quiet():
-        stream, deflated = _inflated(stream)
+        stream, deflated = _inflated(stream if isinstance(stream, io.BytesIO) else _Sparing(stream))
         if deflated:
             size = stream.getbuffer().nbytes
-        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(_TAGS.values()), force=True)
+        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_HEADER_TAGS, force=True)
         stopped = stream.tell()
         element = stream.read(12)
         return _facts(ds, deflated, element, stopped, size)
@@ -243,22 +210,22 @@ def read_header(stream, size: int) -> dict:
 
 def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) -> dict:
     implicit, little = ds.original_encoding
-    h = _Header(ds, little)
-    syntax = deflated or _code(ds.file_meta.get("TransferSyntaxUID"))
+    h = Header(ds, little)
+    syntax = deflated or code(ds.file_meta.get("TransferSyntaxUID"))
     if not syntax:
         syntax = str(pydicom.uid.ImplicitVRLittleEndian if implicit else
                      pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian)  # fmt: skip
-    sop_class = h.text("SOPClassUID") or _code(ds.file_meta.get("MediaStorageSOPClassUID"))
+    sop_class = h.text("SOPClassUID") or code(ds.file_meta.get("MediaStorageSOPClassUID"))
     modality = h.text("Modality")
     if not sop_class and not modality and "Rows" not in h:
         raise Refused("BROKEN_DICOM", "neither a SOP class nor a modality nor an image: not a whole DICOM object")
-    study = h.text("StudyInstanceUID") or None
+    study = h.uid("StudyInstanceUID") or None
     fields = {
         "format": "dicom",
-        "kind": "other",
+        "kind": "segmentation" if sop_class in SEGMENTATIONS else "other",
         "modality": modality,
-        "series_uid": h.text("SeriesInstanceUID"),
-        "sop_uid": h.text("SOPInstanceUID"),
+        "series_uid": h.uid("SeriesInstanceUID"),
+        "sop_uid": h.uid("SOPInstanceUID"),
         "sop_class": sop_class,
         "transfer_syntax": syntax,
         "shape": (0, 0, 0, 0),
@@ -286,21 +253,27 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         raise Refused("BAD_TYPE", f"pixel data of {stored} bits stored in {allocated}")
     if not DECODERS.get(syntax) and h.integer("HighBit", stored - 1) != stored - 1:
         raise Refused("BAD_TYPE", f"the high bit is {h.integer('HighBit')}, wanted {stored - 1} for {stored} bits stored")
+    if pixels[1] == 0xFFFFFFFF and DECODERS.get(syntax) == "":
+        raise Refused("PIXEL_LENGTH", "pixel data of undefined length in a transfer syntax without compression")
     photometric = h.text("PhotometricInterpretation")
     _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
     spacing = h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
     header = {
         "study": study,
+        "series": h.integer("SeriesNumber"),
         "number": h.integer("InstanceNumber"),
         "acquisition": h.integer("AcquisitionNumber"),
         "temporal": h.integer("TemporalPositionIdentifier"),
         "trigger": h.number("TriggerTime"),
         "frame_time": h.number("FrameReferenceTime"),
+        "time": _time_of_day(h.plain("AcquisitionTime") or h.plain("AcquisitionDateTime")[8:]),
         "echo": h.number("EchoTime"),
         "echo_number": h.integer("EchoNumbers"),
-        "b": h.number("DiffusionBValue"),
+        "b": _b_value(h),
+        "direction": h.numbers("DiffusionGradientOrientation") or h.private(0x0019100E, "SIEMENS MR HEADER", "FD"),
         "type": h.texts("ImageType") or None,
-        "frame": h.text("FrameOfReferenceUID") or None,
+        "component": h.text("ComplexImageComponent") or _ge_component(h),
+        "frame": h.uid("FrameOfReferenceUID") or None,
         "position": h.numbers("ImagePositionPatient", 3),
         "orientation": h.numbers("ImageOrientationPatient", 6),
         "spacing": spacing,
@@ -316,10 +289,56 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         "intercept": h.number("RescaleIntercept"),
         "lut": "ModalityLUTSequence" in h or None,
         "burned_in": h.text("BurnedInAnnotation") == "YES" or None,
+        "concatenation": [h.text("ConcatenationUID"), h.integer("InConcatenationTotalNumber", 0)]
+        if "ConcatenationUID" in h
+        else None,
     }
-    shape = (3 if photometric == "PALETTE COLOR" else samples, columns, rows, frames)
+    slide = sop_class == SLIDE and "TotalPixelMatrixColumns" in h
+    by_frame = frame_facts.slide(h, frames, rows, columns) if slide else frame_facts.functional_groups(h, frames)
+    if not by_frame and frames > 1 and modality == "NM":
+        by_frame = frame_facts.nuclear(h, frames)
+    if "MOSAIC" in (header["type"] or ()) and frames == 1 and not by_frame:
+        try:
+            header["mosaic"], by_frame = frame_facts.mosaic(h, header, rows, columns)
+            rows, columns = rows // header["mosaic"], columns // header["mosaic"]
+        except Refused as e:
+            header["problem"] = [e.reason, e.message]
+    if modality == "PT":
+        header["pet_units"] = h.text("Units") or None
+        try:
+            header["suv"], header["suv_by"] = pet.suv_factor(h)
+        except Refused as e:
+            header["suv_problem"] = e.message
+    same, differing = frame_facts.folded(by_frame)
+    header |= same | {"per_frame": differing or None}
+    count = max(frames, len(by_frame))
+    if slide:  # all frames are one picture
+        (columns, rows), count = header["matrix"], 1
+    shape = (3 if photometric == "PALETTE COLOR" else samples, columns, rows, count)
     fields.update(kind="image", shape=shape, affine=_slice_affine(header), header=to_json(header))
     return fields
+
+
+def _b_value(h: Header) -> float | None:
+    """Diffusion b in s/mm2: the standard's element or that of Siemens, GE or Philips."""
+    siemens, philips = h.private(0x0019100C, "SIEMENS MR HEADER"), h.private(0x20011003, "Philips Imaging DD 001", "FL")
+    ge = h.private(0x00431039, "GEMS_PARM_01")
+    found = [h.number("DiffusionBValue"), *(v[0] for v in (siemens, philips) if v), *([ge[0] % 100_000] if ge else [])]
+    return next((float(v) for v in found if v is not None), None)
+
+
+def _time_of_day(text: str) -> float | None:
+    """Seconds of HHMMSS.FFFFFF; no date, which is nobody's business here."""
+    text = text.replace(":", "")
+    if len(text) < 6 or not (text[:6].isdigit() and text.replace(".", "", 1).isdigit()):
+        return None
+    return int(text[:2]) * 3600 + int(text[2:4]) * 60 + float(text[4:])
+
+
+def _ge_component(h: Header) -> str | None:
+    """GE names magnitude, phase, real and imaginary images in an element of its own."""
+    found = h.private(0x0043102F, "GEMS_PARM_01", "SS")
+    return {0: None, 1: "PHASE", 2: "REAL", 3: "IMAGINARY"}.get(int(found[0])) if found else None
 
 
 @functools.lru_cache(1024)
@@ -331,7 +350,7 @@ def _class_name(sop_class: str) -> str:
 
 def _slice_affine(header: dict) -> tuple[float, ...] | None:
     """RAS+ affine of one slice as 16 numbers, None when the header does not say where it lies."""
-    position, orientation, spacing = header["position"], header["orientation"], header["spacing"]
+    position, orientation, spacing = (header.get(name) for name in ("position", "orientation", "spacing"))
     if not (position and orientation and spacing) or min(spacing) <= 0:
         return None
     (a, b, c), (d, e, f) = orientation[:3], orientation[3:]
@@ -381,6 +400,8 @@ def _check_pixel_length(tag, rows, columns, frames, samples, allocated, photomet
     available = max(size - stopped - own, 0)
     if length == 0xFFFFFFFF:
         check_size((rows, columns, frames, samples), allocated / 8, available, True)
+        if 8 * frames > available:
+            raise Refused("TRUNCATED", f"{frames} frames in {available} bytes: each takes 8 at the least")
         return
     share = 2 / 3 if photometric == "YBR_FULL_422" else 1  # chroma is stored for every other column
     check_size((rows, columns, frames, samples), allocated / 8 * share, min(length, available), False)
@@ -389,29 +410,56 @@ def _check_pixel_length(tag, rows, columns, frames, samples, allocated, photomet
         raise Refused("PIXEL_LENGTH", f"{length} bytes of pixels, the header wants {frames * frame:.0f} for {frames} frames")
 
 
-def read_pixels(data: bytes, header: dict, syntax: str) -> np.ndarray:
-    """Stored values (C, I, J) of a single-frame image in its own integer or float type; colours become RGB.
+def read_frames(data: bytes, header: dict, syntax: str, wanted: list[int]) -> Iterator[np.ndarray]:
+    """Stored values (C, I, J) of the ``wanted`` frames of an image, ascending, in its own integer or float type; colours become
+    RGB. The frames of a mosaic are its tiles; those of a whole slide are one picture together, white where none lies.
 
     ``header`` is the instance's own facts, ``syntax`` its transfer syntax. Raises :class:`Refused`: ``NO_DECODER``,
     ``CHANGED`` (the bytes are not those that were catalogued), ``BROKEN_PIXELS``.
     """
-    plugin = decoder(syntax, header)
+    plugin, edge = decoder(syntax, header), header.get("mosaic", 1)
     with _quiet():
         stream, _ = _inflated(io.BytesIO(data))
         ds = pydicom.dcmread(stream, specific_tags=_PIXEL_TAGS, force=True)
         if int(ds.get("NumberOfFrames") or 1) != header.get("frames", 1):
             raise Refused("CHANGED", "the number of frames is not the catalogued one")
         if plugin:
-            _check_codestream(ds, syntax)
-        try:
-            array = _decode(ds, syntax, plugin, header)
-        except (Refused, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as e:  # a panic of a decoder in Rust is no Exception
-            raise Refused("BROKEN_PIXELS", f"{plugin or 'pydicom'} cannot decode the pixel data ({type(e).__name__})") from None
-    if array.ndim == 2:
-        return array.T[None]
-    return array.transpose(2, 1, 0)
+            _check_codestream(ds, syntax, header.get("frames", 1))
+    if "matrix" in header:
+        wanted = list(range(header.get("frames", 1)))
+    arrays, picture, number = _decoded(ds, syntax, plugin, header, wanted if edge == 1 else [0]), None, 0
+    while True:
+        with _quiet(), _decoding(plugin):
+            array = next(arrays, None)
+        if array is None:
+            if picture is not None:
+                yield picture
+            return
+        array = array.T[None] if array.ndim == 2 else array.transpose(2, 1, 0)
+        if "matrix" in header:
+            columns, rows = header["matrix"]
+            if picture is None:
+                picture = np.full((len(array), columns, rows), stored_range(header)[1], array.dtype)
+            i, j = header["tiles"][number]
+            place = picture[:, i : i + array.shape[1], j : j + array.shape[2]]
+            place[...] = array[:, : place.shape[1], : place.shape[2]]
+            number += 1
+        elif edge == 1:
+            yield array
+        else:
+            columns, rows = array.shape[1] // edge, array.shape[2] // edge
+            for down, right in (divmod(tile, edge) for tile in wanted):
+                yield array[:, right * columns : (right + 1) * columns, down * rows : (down + 1) * rows]
+
+
+@contextlib.contextmanager
+def _decoding(plugin: str):
+    try:
+        yield
+    except (Refused, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:  # a panic of a decoder in Rust is no Exception
+        raise Refused("BROKEN_PIXELS", f"{plugin or 'pydicom'} cannot decode the pixel data ({type(e).__name__})") from None
 
 
 def decoder(syntax: str, header: dict) -> str:
@@ -427,16 +475,24 @@ def decoder(syntax: str, header: dict) -> str:
     return plugin
 
 
-def _decode(ds, syntax: str, plugin: str, header: dict) -> np.ndarray:
-    """(rows, columns) or (rows, columns, 3)."""
+def _decoded(ds, syntax: str, plugin: str, header: dict, wanted: list[int]) -> Iterator[np.ndarray]:
+    """(rows, columns) or (rows, columns, 3) of each of the ``wanted`` frames."""
     uid = UID(pydicom.uid.ExplicitVRLittleEndian if syntax == DEFLATED else syntax)
     if uid not in pydicom.uid.AllTransferSyntaxes or not uid.is_transfer_syntax:
         raise Refused("NO_DECODER", f"transfer syntax {syntax} is not decoded")
     arguments = {"decoding_plugin": plugin} if plugin else {}
-    array, _ = get_decoder(uid).as_array(ds, allow_excess_frames=False, **arguments)
-    if header.get("photometric") == "PALETTE COLOR":
-        return _painted(array, ds)
-    return array
+    get = get_decoder(uid)
+    if _INTERLEAVED.search(syntax) and "PlanarConfiguration" in ds:
+        ds.PlanarConfiguration = 0  # so the standard has it, whatever the header says
+    if header.get("frames", 1) > 1 and header.get("allocated") == 1:  # frames need not begin at a byte
+        whole = get.as_array(ds, **arguments)[0]
+        arrays = (whole[n] for n in wanted)
+    elif header.get("frames", 1) == 1:
+        arrays = [get.as_array(ds, allow_excess_frames=False, **arguments)[0]]
+    else:
+        arrays = (array for array, _ in get.iter_array(ds, indices=wanted, **arguments))
+    for array in arrays:
+        yield _painted(array, ds) if header.get("photometric") == "PALETTE COLOR" else array
 
 
 def _painted(array: np.ndarray, ds) -> np.ndarray:
@@ -454,27 +510,38 @@ def _painted(array: np.ndarray, ds) -> np.ndarray:
     return np.stack(planes, -1)
 
 
-def _check_codestream(ds, syntax: str):
-    """The first frame of a compressed image must have the size that the header claims: decoders trust one or the other."""
-    from pydicom.encaps import get_frame
+def _check_codestream(ds, syntax: str, frames: int):
+    """Each frame of a compressed image must have the size that the header claims: decoders trust one or the other."""
+    from pydicom.encaps import generate_frames
 
-    frame = get_frame(ds.PixelData, 0, number_of_frames=1)
     if ".4.9" in syntax or ".4.20" in syntax:
-        size = _j2k_size(frame)
+        size_of = _j2k_size
     elif ".4." in syntax:
-        size = _jpeg_size(frame)
+        size_of = _jpeg_size
     else:
         return
-    if size is None:
-        raise Refused("BROKEN_PIXELS", "no image header in the compressed pixel data")
-    if size != (ds.Rows, ds.Columns):
-        raise Refused("BROKEN_PIXELS", f"the compressed image is {size[0]} x {size[1]}, the header says {ds.Rows} x {ds.Columns}")
+    offsets = (ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in ds else None
+    for frame in generate_frames(ds.PixelData, number_of_frames=frames, extended_offsets=offsets):
+        size = size_of(frame)
+        if size is None:
+            raise Refused("BROKEN_PIXELS", "no image header in the compressed pixel data")
+        if size != (ds.Rows, ds.Columns):
+            raise Refused("BROKEN_PIXELS", f"a compressed image is {size[0]} x {size[1]}, the header says {ds.Rows} x {ds.Columns}")
 
 
 def _j2k_size(frame: bytes) -> tuple[int, int] | None:
     """(rows, columns) of a JPEG 2000 codestream: its SIZ segment, ISO 15444-1 A.5.1."""
-    start = frame.find(b"\xff\x4f\xff\x51")
-    if start < 0 or len(frame) < start + 24:
+    start = 0
+    if (
+        frame[4:8] == b"jP  "
+    ):  # in boxes, which the standard forbids; one without a length has no end (pydicom looks for it for ever)
+        while frame[start + 4 : start + 8] != b"jp2c":
+            length = int.from_bytes(frame[start : start + 4], "big")
+            if length < 8 or start + length > len(frame):
+                return None
+            start += length
+        start += 8
+    if frame[start : start + 4] != b"\xff\x4f\xff\x51" or len(frame) < start + 24:
         return None
     x1, y1, x0, y0 = (int.from_bytes(frame[start + n : start + n + 4], "big") for n in (8, 12, 16, 20))
     return y1 - y0, x1 - x0

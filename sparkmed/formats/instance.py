@@ -14,6 +14,8 @@ MAX_VOLUME_BYTES = 16 << 30
 MAX_RATIO = 1100
 """No codec at hand makes more than this many bytes of one, but for flat images, which are small: see :func:`check_size`."""
 FLAT = 64 << 20
+DECIDING = ("frames", "resampled", "units")
+"""Facts of a volume, beside sources and affine, on which its voxels depend."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Instance:
     ``shape`` is (C, I, J, K) in voxels; ``affine`` 16 numbers, row by row, of the 4x4 matrix from voxel index to RAS+ mm
     (of the one slice in DICOM), or None; ``header`` is JSON with the other facts that :func:`series.assemble` needs and
     holds nothing that identifies a person. ``patient`` is the raw identifier: it stays in memory, is never shown by
-    ``repr`` and is not in :meth:`row`. ``kind`` is ``image``, or ``other`` for a DICOM object that holds no image.
+    ``repr`` and is not in :meth:`row`. ``kind`` is ``image``, ``segmentation`` (DICOM SEG and RTSTRUCT), or
+    ``other`` for a DICOM object that is neither.
     """
 
     uri: str
@@ -63,8 +66,9 @@ class Instance:
 class VolumeHeader:
     """One volume before its voxels are read: ordered sources, geometry, identity by content.
 
-    ``uid`` is a digest of (format, SHA-256 of the ordered sources, affine): the same content has the same uid wherever
-    it lies. ``sources`` and ``source_paths`` are URIs and paths in the order of the voxels (time by time, slice by slice).
+    ``uid`` is a digest of (format, SHA-256 of the ordered sources, affine, and which frames of the sources where that is not all
+    there is): the same content has the same uid wherever it lies. ``sources`` and ``source_paths`` are URIs and paths in the
+    order of the voxels (time by time, slice by slice), each once.
     """
 
     uid: str
@@ -98,7 +102,7 @@ def volume_header(instances: list[Instance], shape, affine, facts: dict[str, Any
     first = instances[0]
     sha256 = tuple(i.sha256 for i in instances)
     affine = tuple(float(x) + 0.0 for x in affine)
-    content = json.dumps([first.format, sha256, affine])
+    content = json.dumps([first.format, sha256, affine, *(facts[k] for k in DECIDING if facts.get(k))])
     return VolumeHeader(
         uid=hashlib.sha256(content.encode()).hexdigest()[:32],
         format=first.format,

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import zlib
 
 import nibabel as nib
@@ -15,6 +16,9 @@ from sparkmed.rejection import Refused
 GZIP_MAGIC = b"\x1f\x8b"
 _HEAD = 544
 """Bytes that hold a NIfTI-2 header and the extension flag (a NIfTI-1 header has 348 + 4)."""
+_FLAT = 1 << 30
+_RATIO = 1000
+"""A gzipped image may be empty, but none of more bytes than the first has this many times those that it is packed in."""
 _UNIT_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 _COLOURS = {128: 3, 2304: 4}
 _PLANES = 32
@@ -101,6 +105,9 @@ def _checked(start: bytes, size: int, compressed: bool):
         raise Refused("BROKEN_NIFTI", f"the voxels begin at byte {offset}")
     offset = max(offset, len(header.binaryblock) + 4)
     check_size(shape, dtype.itemsize, size if compressed else max(size - offset, 0), compressed)
+    claimed = math.prod(shape) * dtype.itemsize
+    if compressed and claimed > max(_FLAT, _RATIO * size):
+        raise Refused("BOMB", f"{size} gzipped bytes claim to hold {claimed}")
     if _COLOURS.get(int(header["datatype"])):
         if shape[0] > 1:
             raise Refused("TOO_MANY_DIMENSIONS", f"colours in an array of {disk}")

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import logging
+import lzma
 import warnings
+import zlib
 
 import numpy as np
 import tifffile
@@ -19,6 +21,9 @@ _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "I": 1, "I;16": 1, "I;16B": 1, "F": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "YCbCr": 3}
 _EXIF_ORIENTATION = 0x0112
+_SLACK = 1 << 20
+_DEFLATE_RATIO = 1032
+"""The most that deflate makes of one byte."""
 
 
 def recognise(head: bytes) -> str:
@@ -182,6 +187,7 @@ def _without_alpha(array: np.ndarray) -> np.ndarray:
 def _tiff(data: bytes) -> np.ndarray:
     """(rows, columns, C)."""
     page = _tiff_page(io.BytesIO(data))
+    _check_segments(page, data)
     try:
         array = page.asarray()
     except ValueError as e:
@@ -201,6 +207,24 @@ def _tiff(data: bytes) -> np.ndarray:
         top = 1 if page.bitspersample == 1 else np.iinfo(array.dtype).max
         array = top - array
     return _without_alpha(array)
+
+
+def _check_segments(page: tifffile.TiffPage, data: bytes):
+    """Raises ``BOMB`` for a strip or tile that unpacks to more than the whole picture: the library unpacks it whole."""
+    most = page.nbytes + _SLACK
+    for start, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        packed, size = data[start : start + count], 0
+        if page.compression in (8, 32946) and count * _DEFLATE_RATIO > most:
+            unpack = zlib.decompressobj()
+            while packed and size <= most:
+                size += len(unpack.decompress(packed, _SLACK))
+                packed = unpack.unconsumed_tail
+        elif page.compression == 34925:
+            unpack = lzma.LZMADecompressor()
+            while not unpack.eof and not (size and unpack.needs_input) and size <= most:
+                size += len(unpack.decompress(packed if not size else b"", _SLACK))
+        if size > most:
+            raise Refused("BOMB", f"{count} bytes of a picture of {page.nbytes} unpack to more than {most}")
 
 
 def _tiff_by_pillow(data: bytes, page: tifffile.TiffPage) -> np.ndarray:

@@ -298,3 +298,10 @@ def test_archives_in_a_folder_with_colons(tmp_path):
     members = listed(tmp_path)
     assert [m.path.split("/", 2)[2] for m in members] == [n for n, _ in FILES] * 2
     assert [archive.open_uri(m.uri) for m in members] == [d for _, d in FILES] * 2
+
+
+def test_an_archive_without_a_file_is_refused(tmp_path):
+    make_zip(tmp_path / "nothing.zip", [])
+    make_zip(tmp_path / "folders.zip", [("a/", b"")])
+    make_tar(tmp_path / "nothing.tar.gz", [])
+    assert [m.reason for m in listed(tmp_path)] == ["EMPTY_ARCHIVE"] * 3

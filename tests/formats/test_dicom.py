@@ -199,31 +199,34 @@ def test_same_image_in_nine_syntaxes(shared_data):
     decoded = []
     for file in sorted((shared_data / "dicom/dcm_qa_ts/In").iterdir()):
         i = instance(file.read_bytes())
-        decoded.append(dicom.read_pixels(file.read_bytes(), i.facts, i.transfer_syntax))
+        decoded += dicom.read_frames(file.read_bytes(), i.facts, i.transfer_syntax, [0])
     assert len(decoded) == 9 and all(np.array_equal(d, decoded[0]) for d in decoded)
 
 
-@pytest.mark.parametrize("sop_class, name", [
-    ("1.2.840.10008.5.1.4.1.1.88.11", "SR"), ("1.2.840.10008.5.1.4.1.1.481.3", "RTSTRUCT"), ("1.2.840.10008.5.1.4.1.1.66.4", "SEG"),
-    ("1.2.840.10008.5.1.4.1.1.104.1", "DOC"), ("1.2.840.10008.5.1.4.1.1.9.1.1", "ECG"), ("1.2.840.10008.5.1.4.1.1.11.1", "PR"),
-    ("1.2.840.10008.1.3.10", ""), ("1.2.840.10008.5.1.4.1.1.481.2", "RTDOSE"),
+@pytest.mark.parametrize("sop_class, name, said", [
+    ("1.2.840.10008.5.1.4.1.1.88.11", "SR", "Basic Text SR Storage"),
+    ("1.2.840.10008.5.1.4.1.1.104.1", "DOC", "Encapsulated PDF Storage"),
+    ("1.2.840.10008.5.1.4.1.1.9.1.1", "ECG", "12-lead ECG Waveform Storage"),
+    ("1.2.840.10008.5.1.4.1.1.11.1", "PR", "Grayscale Softcopy Presentation State Storage"),
+    ("1.2.840.10008.1.3.10", "", "Media Storage Directory Storage"),
+    ("1.2.840.10008.5.1.4.1.1.481.2", "RTDOSE", "RT Dose Storage"),
 ])  # fmt: skip
-def test_objects_that_are_no_images(tmp_path, sop_class, name):
+def test_objects_that_are_no_images(tmp_path, sop_class, name, said):
     ds = dicoms.dataset(PIXELS, SOPClassUID=sop_class, Modality=name or None)
-    if name not in ("SEG", "RTDOSE"):
+    if name != "RTDOSE":
         for element in ("PixelData", "Rows", "Columns", "BitsAllocated"):
             delattr(ds, element)
     assert instance(ds).kind == "other"
     volumes, (rejection,) = read_archive(str(dicoms.write(tmp_path, [ds])))
-    assert volumes == [] and rejection.reason == "NOT_AN_IMAGE"
+    assert volumes == [] and rejection.reason == "NOT_AN_IMAGE" and said in rejection.message
 
 
 @pytest.mark.parametrize("elements, code", [
-    ({"NumberOfFrames": 3, "Rows": 1, "Columns": 10}, "MULTI_FRAME"),
+    ({"NumberOfFrames": 3, "Rows": 1, "Columns": 10}, "DUPLICATE_POSITION"),
     ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]}, "MOSAIC"),
     ({"RescaleSlope": 0, "RescaleIntercept": 5}, "BAD_VALUE"),
 ])  # fmt: skip
-def test_images_that_are_not_read_yet(tmp_path, elements, code):
+def test_images_that_are_no_volume(tmp_path, elements, code):
     volumes, (rejection,) = read_archive(str(dicoms.write(tmp_path, [dicoms.dataset(PIXELS, **elements)])))
     assert (volumes, rejection.reason) == ([], code)
 
@@ -346,7 +349,7 @@ def test_any_bytes_end_in_an_instance_or_a_refusal(edits, cut):
         headers, rejections = formats.assemble([i])
         assert len(headers) + len(rejections) == 1
         for h in headers:
-            stored = dicom.read_pixels(data, h.facts["pixels"][0], h.facts["syntaxes"][0])
+            (stored,) = dicom.read_frames(data, h.facts["pixels"][0], h.facts["syntaxes"][0], [0])
             dicom.real_world(stored, h.facts["pixels"][0], h.modality, np.dtype(h.facts["dtype"]))
     except Refused as e:
         assert e.reason.isupper() and " " not in e.reason
@@ -371,9 +374,11 @@ def test_odd_files_of_pydicom(shared_data):
     files = {f"file://{p}" for p in folder.rglob("*") if p.is_file()}
     named = [s for v in volumes for s in v.sources] + [r.uri for r in rejections]
     assert len(named) == len(set(named)) and set(named) == files
-    expected = {"MR_truncated.dcm": "TRUNCATED", "examples_ybr_color.dcm": "MULTI_FRAME", "rtplan.dump": "UNKNOWN_FORMAT"}
-    others = ("rtplan.dcm", "waveform_ecg.dcm", "DICOMDIR", "reportsi.dcm", "liver_1frame.dcm", "rtstruct.dcm")
+    expected = {"MR_truncated.dcm": "TRUNCATED", "examples_ybr_color.dcm": "TOO_MANY_DIMENSIONS", "rtplan.dump": "UNKNOWN_FORMAT"}
+    others = ("rtplan.dcm", "waveform_ecg.dcm", "DICOMDIR", "reportsi.dcm")
     expected |= dict.fromkeys(others, "NOT_AN_IMAGE")
+    expected |= {"liver_1frame.dcm": "LABEL_WITHOUT_IMAGE", "liver_expb_1frame.dcm": "DUPLICATE_INSTANCE"}
+    expected |= {"rtstruct.dcm": "LABEL_WITHOUT_IMAGE"}
     reasons = {r.uri.rsplit("/")[-1]: r.reason for r in rejections}
     assert {n: reasons[n] for n in expected} == expected
     assert len(volumes) >= 48
