@@ -4,13 +4,15 @@ Knows no engine and reads no pixel; what comes back is one :class:`Member` per i
 """
 
 import csv
+import fnmatch
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparkmed import storage
-from sparkmed.config import Config
+from sparkmed.config import Config, folded
+from sparkmed.formats import segmentation
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging import paths, splits
 from sparkmed.rejection import InputError, Refused, Rejection
@@ -46,20 +48,29 @@ def assemble(headers: Iterable[VolumeHeader], config: Config, key: bytes | None)
     split is not one of the config's.
     """
     table = label_table(config)
-    images, labels, rejections, ignored = _roles(headers, table, config)
+    headers = list(headers)
+    segmentations = [h for h in headers if segmentation.is_segmentation(h)]
+    images, labels, rejections, ignored = _roles((h for h in headers if not segmentation.is_segmentation(h)), table, config)
+    bound: dict[tuple, VolumeHeader | Refused] = {}
+    if config.volumes.labels.segments:
+        truths = [h for h in segmentations if not h.facts.get("predicted")]  # what a model said is no truth to learn from
+        labels |= {h.source_paths[0]: h for h in truths}
+        bound, refused = _bound(truths, [h for h, _ in images], config)
+        rejections += refused
+    ignored += len(segmentations) - len(labels.keys() & {h.source_paths[0] for h in segmentations})
     members = []
     for header, named in images:
         try:
-            members.append(_member(header, named, labels, table, config, key))
+            members.append(_member(header, named, labels, bound, table, config, key))
         except Refused as e:
             rejections += [e.at(uri, STAGE) for uri in header.sources]
     members, duplicates = _once(members)
     rejections += duplicates
-    joined = {m.label.sources for m in members if m.label}
+    joined = {uri for m in members if m.label for uri in m.label.sources}
     rejections += [
-        Rejection(h.sources[0], STAGE, "LABEL_WITHOUT_IMAGE", "no image belongs to this label")
+        Rejection(h.sources[0], STAGE, "LABEL_WITHOUT_IMAGE", _homeless(h))
         for h in labels.values()
-        if h.sources not in joined and not any(h.sources[0] == r.uri for r in rejections)
+        if h.sources[0] not in joined and not any(h.sources[0] == r.uri for r in rejections)
     ]
     _require_labels(members, config)
     _require_same_channels(members, config)
@@ -93,7 +104,7 @@ def _roles(headers: Iterable[VolumeHeader], table: list[dict] | None, config: Co
             labels[path] = header
             continue
         matches = [m for p in patterns if (m := p.match(path)) is not None]
-        if patterns and not matches:
+        if (patterns and not matches) or not _has(header, config.volumes.only):
             ignored += 1
             continue
         named = matches[0] if matches else {}
@@ -106,7 +117,92 @@ def _roles(headers: Iterable[VolumeHeader], table: list[dict] | None, config: Co
     return images, labels, rejections, ignored
 
 
-def _member(header: VolumeHeader, named: dict, labels: dict[str, VolumeHeader], table, config: Config, key: bytes | None) -> Member:
+def _has(header: VolumeHeader, only: dict[str, str | float]) -> bool:
+    """Whether the facts of a volume are those of ``volumes.only``."""
+    facts = {**header.facts, **header.facts.get("part", {}), "modality": header.modality}
+    return all(fnmatch.fnmatchcase(_text(facts.get(name)), _text(pattern)) for name, pattern in only.items())
+
+
+def _text(fact) -> str:
+    """As ``sparkmed inspect`` shows it.
+
+    >>> _text(4.0), _text(["ORIGINAL", "PRIMARY"]), _text(None)
+    ('4', 'ORIGINAL\\\\PRIMARY', '')
+    """
+    if isinstance(fact, list):
+        return "\\".join(map(_text, fact))
+    return "" if fact is None else f"{fact:g}" if isinstance(fact, float) else str(fact)
+
+
+def _bound(segmentations: list[VolumeHeader], images: list[VolumeHeader], config: Config):
+    """By :func:`_place` of an image its label as a class map, or why it has none; and refusals of segmentations.
+
+    Segmentations of one image are put together when each holds other classes. An image whose segmentations name no class of the
+    config has no label; that is allowed when ``allow_missing`` says so. Raises :class:`InputError` for a segment of the config
+    that no segmentation has.
+    """
+    wanted = {folded(name): config.classes.index(c) for c, names in config.volumes.labels.segments.items() for name in names}
+    _require_names(segmentations, config)
+    series = segmentation.by_series(images)
+    offers: dict[tuple, list[tuple[VolumeHeader, VolumeHeader]]] = defaultdict(list)
+    bound: dict[tuple, VolumeHeader | Refused] = {}
+    spoilt: dict[tuple, Refused] = {}  # what was refused may have held a class
+    refused: dict[str, Rejection] = {}
+    for label in sorted(segmentations, key=lambda h: h.sources):
+        found = segmentation.images_of(label, series)
+        fits, problem = [], None
+        for image in found:
+            try:
+                classes = segmentation.named(label.facts["segments"], wanted)
+                if not classes:
+                    raise Refused("LABEL_WITHOUT_SEGMENT", "the segmentation holds none of the segments of volumes.labels.segments")
+                fits.append((image, segmentation.on_grid(label, image, classes)))
+            except Refused as e:
+                problem = e
+        for image, fit in fits:
+            offers[_place(image)].append((label, fit))
+        if problem and not fits:
+            refused.setdefault(label.sources[0], problem.at(label.sources[0], STAGE))
+            places = {_place(image): Refused("LABEL_REFUSED", f"its segmentation was refused: {problem.reason}") for image in found}
+            if problem.reason != "LABEL_WITHOUT_SEGMENT":
+                spoilt |= places
+            elif not config.volumes.labels.allow_missing:
+                bound |= places
+    for place, several in offers.items():
+        bound[place] = segmentation.merged([fit for _, fit in several])
+        held = Counter(c for _, fit in several for c in set(fit.facts["classes"].values()))
+        twice = [config.classes[c] for c, count in sorted(held.items()) if count > 1]
+        if twice:
+            bound[place] = Refused("CONFLICTING_LABELS", f"{len(several)} segmentations of one image hold {' and '.join(twice)}")
+            for label, _ in several:
+                refused.setdefault(label.sources[0], bound[place].at(label.sources[0], STAGE))
+    return bound | spoilt, list(refused.values())
+
+
+def _require_names(segmentations: list[VolumeHeader], config: Config):
+    """Every segment of the config is in some object: else a slip of the pen would make it background everywhere."""
+    have = [segmentation.names(s) for h in segmentations for s in h.facts["segments"]]
+    known = {folded(n) for several in have for n in several}
+    for c, several in config.volumes.labels.segments.items():
+        for name in several:
+            if segmentations and folded(name) not in known:
+                listed = ", ".join(sorted({n[0] for n in have if n} - {segmentation.WITHHELD})[:10]) or "none that can be read"
+                raise InputError(
+                    f"volumes.labels.segments.{c}: no segmentation of the archive has a segment {name!r}; there are: {listed}"
+                )
+
+
+def _homeless(label: VolumeHeader) -> str:
+    return segmentation.without_image(label).message if segmentation.is_segmentation(label) else "no image belongs to this label"
+
+
+def _place(header: VolumeHeader) -> tuple:
+    """What tells one image volume from all others, copies included."""
+    return header.uid, header.sources
+
+
+def _member(header: VolumeHeader, named: dict, labels: dict, bound: dict, table, config: Config, key: bytes | None) -> Member:
+    """The member of an image; raises :class:`Refused`."""
     settings = config.volumes
     raw = named.get("subject")
     if raw is not None:
@@ -123,6 +219,10 @@ def _member(header: VolumeHeader, named: dict, labels: dict[str, VolumeHeader], 
             label = labels.get(paths.PathPattern(settings.labels.pattern).fill(**named))
         elif entry:
             label = labels.get(entry["label"])
+        elif config.volumes.labels.segments:
+            label = bound.get(_place(header))
+            if isinstance(label, Refused):
+                raise label
     else:
         name = entry["label"] if entry else named.get("class")
         target = None if name is None else _class_index(name, config)
@@ -215,7 +315,9 @@ def _whole_subjects(members: list[Member]) -> list[Member]:
 
 def _require_labels(members: list[Member], config: Config):
     if not members:
-        raise InputError("no image volume: volumes.images names no file of the archive, or everything was refused (see quarantine)")
+        raise InputError(
+            "no image volume: volumes.images and volumes.only leave no file of the archive, or everything was refused (quarantine)"
+        )
     bare = [m for m in members if m.split is None]
     if bare and not config.volumes.labels.allow_missing:
         names = ", ".join(m.image.source_paths[0] for m in bare[:3])

@@ -9,10 +9,11 @@ import json
 import pathlib
 import types
 import typing
+import unicodedata
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sparkmed.rejection import InputError
 
@@ -20,6 +21,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Mm = Annotated[float, Field(gt=0)]
 Split = Literal["train", "val", "test"]
+S = typing.TypeVar("S", bound=BaseModel)
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 _AXIS = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 
@@ -51,6 +54,18 @@ class Identity(Section):
     """Environment variable that holds the HMAC key; used when set and ``key_file`` is not given."""
 
 
+class Deidentify(Section):
+    """How DICOM files are de-identified: PS3.15 Annex E, Basic Profile, and which of its options."""
+
+    dates: Literal["shifted", "removed"] = "shifted"
+    """``shifted``: all dates of a subject go back by the same 1 to 3650 days, which the key decides; times stay. ``removed``: the
+    Basic Profile alone."""
+    device: Literal["removed", "kept"] = "removed"
+    """``kept`` retains what says which device it was, its serial number included (Retain Device Identity Option)."""
+    allow: tuple[Literal["burned_in", "ultrasound", "secondary_capture", "screen_save", "hidden_bits"], ...] = ()
+    """Images that are held back unless named here: their pixels may show a name, and pixels are not looked at."""
+
+
 class Catalog(Section):
     """Which files are looked at, and what an archive member may weigh."""
 
@@ -65,13 +80,17 @@ class Catalog(Section):
 
 
 class Labels(Section):
-    """Where the truth is: one of a path pattern, a CSV, or the ``{class}`` of the image pattern."""
+    """Where the truth is: one of a path pattern, a CSV, DICOM segmentations, or the ``{class}`` of the image pattern."""
 
     pattern: str | None = None
     """Path of the label image of ``{subject}``, such as ``labelsTr/{subject}.nii.gz``."""
     csv: str | None = None
     """Path of a CSV (inside the archive, or a URL) with ``subject`` or ``path``, ``label``, and maybe ``split``. ``label`` is a
     class name or index for classification, the path of a label image for segmentation."""
+    segments: dict[str, Names] = {}
+    """By class name, which segments of the DICOM SEG or RTSTRUCT that refer to an image are that class: labels, or meanings or
+    values of their type codes, in any case. A named segment that an image's objects lack is background, and so is every other
+    segment; one that no object of the archive has is an error. Each class of an image comes from one object."""
     allow_missing: bool = False
     """True lets images without a label in: they are scored and never trained on."""
 
@@ -100,8 +119,19 @@ class Volumes(Section):
     images: str | tuple[str, ...] | None = None
     """Path pattern(s) with ``{subject}``, ``{class}``, ``{split}``, ``*`` and ``**``; a member of an archive is
     ``folder/a.zip/member.dcm``. None: every image that is not a label."""
+    only: dict[str, str | float] = {}
+    """Facts that an image must have, as ``sparkmed inspect`` names them, with ``*`` for anything: ``{modality: MR, echo: 4.9}``,
+    ``{type: "*PRIMARY*M*"}``; an image that lacks one is ignored."""
     labels: Labels = Labels()
     splits: Splits = Splits()
+    resample_tilt: bool = False
+    """True makes volumes of series of a tilted gantry, whose slices are moved onto their normal; else they are refused."""
+    resample_spacing: bool = False
+    """True makes volumes of series of variable slice spacing, interpolated at the smallest; else they are refused."""
+    slide_level: Annotated[int, Field(ge=0)] | None = None
+    """Which level of a whole-slide pyramid is used, 0 being the finest; None: each level is an image of its own."""
+    suv: bool = False
+    """True brings PET to SUVbw in g/ml, and refuses series whose headers do not say how; else values stay as stored (Bq/ml)."""
     max_refused: Share = 0.5
     """Share of files in refused volumes above which the stage fails."""
 
@@ -302,8 +332,25 @@ class Promote(Section):
     resamples: Positive = 2000
 
 
+Code = tuple[
+    Annotated[str, Field(min_length=1, max_length=64)],
+    Annotated[str, Field(min_length=1, max_length=16)],
+    Annotated[str, Field(min_length=1, max_length=64)],
+]
+
+
+class Segment(Section):
+    """What a class is in the terms of DICOM: codes as (value, coding scheme, meaning), such as [10200004, SCT, Liver]."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    category: Code = ("123037004", "SCT", "Anatomical Structure")
+    """Of PS3.16 CID 7150."""
+    type: Code = ("85756007", "SCT", "Tissue")
+    """Of PS3.16 CID 7151 and those it names."""
+
+
 class Score(Section):
-    """How new volumes are predicted."""
+    """How new volumes are predicted, and how predictions are written."""
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of a window that the next one repeats."""
@@ -316,6 +363,28 @@ class Score(Section):
     """Share of volumes that may fail before the stage does."""
     retry_refused: bool = False
     """True tries volumes again that this version could not score before."""
+    masks: Literal["nifti", "seg", "both"] = "nifti"
+    """``nifti`` writes label maps into the lake, under pseudonyms; ``seg`` DICOM SEG of the source series into ``seg_folder``.
+    Volumes that were scored before are scored again when this or how SEG are written changes, and only then is a SEG another. A
+    volume of which no SEG can be made is predicted without; the quarantine says why."""
+    seg_folder: str | None = None
+    """Folder or URL for DICOM SEG. They hold the patient of their source, so it must be as protected as the archive is."""
+    seg_type: Literal["BINARY", "FRACTIONAL", "LABELMAP"] = "BINARY"
+    """``FRACTIONAL`` holds probabilities in steps of 1/255, ``LABELMAP`` is what older viewers cannot read."""
+    segments: dict[str, Segment] = {}
+    """Codes by class name; a class without them is an anatomical structure of some tissue, labelled with its name."""
+
+    @property
+    def outputs(self) -> list:
+        """What is written beside numbers, as plain data: part of what a prediction is. Empty for ``nifti``."""
+        if self.masks == "nifti":
+            return []
+        return [self.masks, self.seg_type, {name: s.model_dump() for name, s in self.segments.items()}]
+
+    @property
+    def numbers(self) -> "Score":
+        """The same without where and how outputs are written: what belongs to a model."""
+        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments"}))
 
 
 class Tracking(Section):
@@ -350,6 +419,7 @@ class Config(Section):
     """Folder or URL for all tables, datasets and models."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     identity: Identity = Identity()
+    deidentify: Deidentify = Deidentify()
     catalog: Catalog = Catalog()
     volumes: Volumes = Volumes()
     preprocess: Preprocess = Preprocess()
@@ -395,9 +465,55 @@ class Config(Section):
             raise ValueError(
                 f"train.processes is {self.train.processes}, patches.row_groups {self.patches.row_groups}: raise that too"
             )
-        if self.volumes.labels.pattern and self.volumes.labels.csv:
-            raise ValueError("volumes.labels has both pattern and csv, wanted one")
+        labels = self.volumes.labels
+        given = [k for k in ("pattern", "csv", "segments") if getattr(labels, k)]
+        if len(given) > 1:
+            raise ValueError(f"volumes.labels has both {' and '.join(given)}, wanted one")
+        for where, by_class in (("volumes.labels.segments", labels.segments), ("score.segments", self.score.segments)):
+            if by_class and (self.task != "segmentation" or not set(by_class) <= set(self.classes[1:])):
+                raise ValueError(
+                    f"{where} is by foreground classes of a segmentation, {list(self.classes[1:])}; got {list(by_class)}"
+                )
+        names = [folded(n) for several in labels.segments.values() for n in several]
+        if len(set(names)) < len(names) or "" in names:
+            raise ValueError(f"volumes.labels.segments names a segment twice, or nothing: {names}")
+        if self.score.masks != "nifti" and not self.score.seg_folder:
+            raise ValueError(
+                f"score.masks {self.score.masks} wants score.seg_folder: DICOM SEG hold the names of patients, so they go to a "
+                "folder that is protected as the archive is, never into the lake"
+            )
+        if self.score.masks != "nifti" and self.task != "segmentation":
+            raise ValueError(f"score.masks {self.score.masks} is for segmentation, task is {self.task}")
         return self
+
+
+class Deidentification(Section):
+    """What ``sparkmed deidentify`` does: from where to where, and the sections of a project that count for it."""
+
+    archive: str
+    out: str
+    key: str | None = None
+    """Where a key is found, or made, when ``identity`` names none; None: beside ``out``."""
+    identity: Identity = Identity()
+    deidentify: Deidentify = Deidentify()
+    catalog: Catalog = Catalog()
+    spark: Spark = Spark()
+
+    @model_validator(mode="after")
+    def _hides_subjects(self):
+        if self.identity.keep_subjects:
+            raise ValueError("identity.keep_subjects keeps the names of patients, which de-identification must not")
+        return self
+
+
+def folded(name: str) -> str:
+    """The name of a segment as names are compared: in any case, runs of blanks as one, its first 64 characters in Unicode NFC.
+
+    >>> folded(" Left  KIDNEY") == folded("left kidney"), folded("O\u0308dem") == folded("\u00f6DEM")
+    (True, True)
+    """
+    text = unicodedata.normalize("NFC", " ".join(name.split()))[:64].strip()
+    return unicodedata.normalize("NFC", text.casefold())
 
 
 def digest(*parts: Any) -> str:
@@ -409,6 +525,18 @@ def digest(*parts: Any) -> str:
     """
     plain = [p.model_dump(mode="json", exclude_defaults=True) if isinstance(p, BaseModel) else p for p in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def deidentification(archive: str, out: str, overrides: typing.Sequence[str] = (), path: str | None = None) -> Deidentification:
+    """What to de-identify and how; ``path`` is a project's YAML file, whose key, in its lake too, and shared sections count."""
+    data: dict[str, Any] = {}
+    if path:
+        project = load(path)
+        shared = set(Deidentification.model_fields) & set(Config.model_fields) - {"archive"}
+        data = project.model_dump(mode="json", include=shared) | {"key": f"{project.lake.rstrip('/')}/subject.key"}
+    for override in overrides:
+        _override(data, override)
+    return parse(data | {"archive": archive, "out": out}, "deidentify", Deidentification)
 
 
 def load(path: str, overrides: typing.Sequence[str] = ()) -> Config:
@@ -431,12 +559,12 @@ def load(path: str, overrides: typing.Sequence[str] = ()) -> Config:
     return parse(data, path)
 
 
-def parse(data: dict, source: str = "config") -> Config:
-    """The config in plain data."""
+def parse(data: dict, source: str = "config", root: type[S] = Config) -> S:
+    """The config in plain data; ``root`` is the section that it is as a whole."""
     try:
-        return Config.model_validate(data)
+        return root.model_validate(data)
     except ValidationError as e:
-        raise InputError(f"{source}: " + "; ".join(_sentence(x) for x in e.errors())) from None
+        raise InputError(f"{source}: " + "; ".join(_sentence(x, root) for x in e.errors())) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -465,11 +593,11 @@ def _override(data: dict, override: str):
         data[last] = value
 
 
-def _sentence(error: dict) -> str:
+def _sentence(error: dict, root: type[BaseModel]) -> str:
     location = [str(x) for x in error["loc"]]
     where = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = _fields(location[:-1])
+        known = _fields(location[:-1], root)
         near = difflib.get_close_matches(location[-1], known, 1, 0.0)
         return f"unknown key {where}" + (f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "")
     if error["type"] == "missing":
@@ -478,9 +606,8 @@ def _sentence(error: dict) -> str:
     return (f"{where}: " if where else "") + error["msg"].removeprefix("Value error, ") + given
 
 
-def _fields(location: list[str]) -> list[str]:
-    """Known keys of the section at ``location``."""
-    section: type[BaseModel] = Config
+def _fields(location: list[str], section: type[BaseModel]) -> list[str]:
+    """Known keys of the section at ``location`` below ``section``."""
     for name in location:
         field = section.model_fields.get(name)
         options = [] if field is None else _options(field.annotation)

@@ -3,16 +3,21 @@
 import contextlib
 import datetime
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from sparkmed import dataset, formats, storage
-from sparkmed.config import digest
-from sparkmed.formats import nifti
+from sparkmed.config import Segment, digest
+from sparkmed.formats import dicom_seg, nifti
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging import postprocess
+from sparkmed.imaging.volume import Volume
 from sparkmed.learning.model import Model
 from sparkmed.rejection import Refused
+
+PASSING = frozenset({"UNREADABLE", "CHANGED"})
+"""Reasons that may pass, such as a folder that is not mounted; every other one is about the volume and stays."""
 
 
 def key(volume: str, model_digest: str, config_digest: str) -> str:
@@ -20,15 +25,29 @@ def key(volume: str, model_digest: str, config_digest: str) -> str:
     return digest([volume, model_digest, config_digest])[:32]
 
 
-def score(model: Model, row: dict, mask_url: str | None = None) -> dict:
-    """The prediction of one volume row as columns of ``predictions/``; writes the label map to ``mask_url`` (segmentation).
+@dataclass(frozen=True)
+class SegFolder:
+    """Where DICOM SEG of predictions go, and by which model and settings they are; outside of the lake, for they name patients."""
+
+    url: str
+    model: str
+    version: str
+    model_digest: str
+    settings: str
+
+
+def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder | None = None) -> dict:
+    """The prediction of one volume row as columns of ``predictions/``; writes the label map to ``mask_url`` and as DICOM SEG into
+    ``segs`` (segmentation), as the model's score settings say.
 
     ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
     that class was predicted (null where it was not). ``score`` is against the row's label: Dice per class, or 1 and 0 for right
-    and wrong. Raises :class:`Refused` on pixels that cannot be read or do not fit the network.
+    and wrong. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without. Raises
+    :class:`Refused` on pixels that cannot be read or do not fit the network.
     """
     started = time.perf_counter()
-    image = formats.read_volume(VolumeHeader.from_row(row))
+    header = VolumeHeader.from_row(row)
+    image = formats.read_volume(header)
     out = {
         "volume": row["uid"],
         "subject": row["subject"],
@@ -42,6 +61,13 @@ def score(model: Model, row: dict, mask_url: str | None = None) -> dict:
         labels = postprocess.as_labels(probabilities)
         if mask_url:
             nifti.write(labels, mask_url)
+        if segs:
+            try:
+                out["seg"] = _write_seg(model, labels, probabilities, header, segs)
+            except Refused as e:
+                if e.reason in PASSING:
+                    raise
+                out["seg_refused"] = e
         counts = np.bincount(labels.array.ravel(), minlength=len(classes))
         out["ml"] = (counts * image.voxel_ml).tolist()
         sums = [float(probabilities.array[c][labels.array[0] == c].sum(dtype=np.float64)) for c in range(len(classes))]
@@ -58,6 +84,19 @@ def score(model: Model, row: dict, mask_url: str | None = None) -> dict:
     out["seconds"] = time.perf_counter() - started
     out["scored_at"] = datetime.datetime.now(datetime.UTC)
     return out
+
+
+def _write_seg(model: Model, labels: Volume, probabilities: Volume, header: VolumeHeader, segs: SegFolder) -> str:
+    """The name of the file, which is a hash; volume, model and settings make the name, the UIDs and the content."""
+    settings = model.spec.score
+    identity = key(header.uid, segs.model_digest, segs.settings)
+    name = f"{dicom_seg.derived_uid(identity, 'instance')}.dcm"
+    segments = {c: settings.segments.get(c) or Segment() for c in model.spec.classes[1:]}
+    url = storage.join(segs.url, name)
+    dicom_seg.write(
+        labels, header, url, segments, settings.seg_type, probabilities, identity=identity, model=segs.model, version=segs.version
+    )
+    return name
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[float | None]:

@@ -86,7 +86,7 @@ def spelt(name: str) -> str:
 
 
 def walk(url: str) -> Iterator[File]:
-    """All files below ``url`` in the order of their paths; a single file is itself.
+    """All files below ``url`` in the order of their paths as :func:`spelt` spells them; a single file is itself.
 
     Links within the folder are files like others, but those to folders are passed over: what is in there comes under its own path.
     Raises :class:`FileNotFoundError` when there is nothing at ``url``.
@@ -107,7 +107,7 @@ def _walk_local(root: pathlib.Path) -> Iterator[File]:
     def entries(folder: str, prefix: str):
         try:
             with os.scandir(folder) as listing:
-                found = sorted(listing, key=lambda e: e.name + ("/" if e.is_dir(follow_symlinks=False) else ""))
+                found = sorted(listing, key=lambda e: spelt(e.name) + ("/" if e.is_dir(follow_symlinks=False) else ""))
         except OSError:
             if folder == str(root):
                 raise
@@ -140,15 +140,28 @@ def _inside(path: str, root: pathlib.Path) -> bool:
 
 def _walk_remote(url: str) -> Iterator[File]:
     fs, root = filesystem(url)
-    found = fs.find(root, detail=True)
-    if not found:
-        raise FileNotFoundError(url)
-    for path in sorted(found):
-        info = found[path]
+
+    def file(info: dict, path: str) -> File:
         changed = info.get("mtime") or info.get("LastModified") or info.get("created") or 0
         seconds = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
-        relative = path[len(root) :].lstrip("/") or posixpath.basename(path)
-        yield File(fs.unstrip_protocol(path), relative, int(info["size"]), int(seconds * 1e9))
+        return File(fs.unstrip_protocol(info["name"]), path, int(info["size"]), int(seconds * 1e9))
+
+    # as for a local folder; an object store is asked once per folder, and its listings are not kept
+    def entries(folder: str, prefix: str):
+        listing = fs.ls(folder, detail=True)
+        fs.dircache.clear()
+        names = [(posixpath.basename(i["name"].rstrip("/")), i) for i in listing if i["name"].strip("/") != folder.strip("/")]
+        for name, info in sorted(names, key=lambda n: spelt(n[0]) + ("/" if n[1]["type"] == "directory" else "")):
+            if info["type"] == "directory":
+                yield from entries(info["name"].rstrip("/"), f"{prefix}{name}/")
+            else:
+                yield file(info, prefix + name)
+
+    top = fs.info(root)
+    if top["type"] == "directory":
+        yield from entries(root, "")
+    else:
+        yield file(top, posixpath.basename(root))
 
 
 def exists(url: str) -> bool:

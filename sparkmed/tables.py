@@ -102,6 +102,7 @@ PREDICTIONS = pa.schema(
         ("probability", pa.list_(pa.float64())),  # per class: of the image, or mean over its voxels where the class was predicted
         ("ml", pa.list_(pa.float64())),  # per class (segmentation)
         ("mask", pa.string()),  # path of the NIfTI below the lake (segmentation)
+        ("seg", pa.string()),  # name of the DICOM SEG in score.seg_folder: a hash
         ("target", pa.int64()),
         (
             "score",
@@ -122,6 +123,21 @@ PROMOTIONS = pa.schema(
         ("reason", pa.string()),
         ("numbers", pa.string()),  # JSON
         ("decided_at", _TIME),
+        *_LINEAGE,
+    ]
+)
+AUDIT = pa.schema(
+    [
+        *_FILE,
+        ("sha256", pa.string()),  # of the source; null when it could not be read
+        ("status", pa.string()),  # written, held
+        ("output", pa.string()),  # path below the output folder; of a held duplicate, where its twin is
+        ("output_sha256", pa.string()),
+        ("reason", pa.string()),  # why it is held
+        ("message", pa.string()),
+        ("actions", pa.list_(pa.string())),  # "(0010,0010) PatientName D": what was done to which tag, no values
+        ("settings", pa.string()),  # digest of options, key and code: rows of others are void
+        ("done_at", _TIME),
         *_LINEAGE,
     ]
 )
@@ -269,3 +285,8 @@ def evaluations(lake: str) -> Table:
 def promotions(lake: str) -> Table:
     """Every decision about the champion, with its numbers."""
     return Table(storage.join(lake, "promotions"), PROMOTIONS)
+
+
+def audit(out: str) -> Table:
+    """What became of every file that was de-identified into ``out``. It names sources, so it lies beside ``out``, not in it."""
+    return Table(f"{storage.absolute(out)}.audit", AUDIT)

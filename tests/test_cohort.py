@@ -1,9 +1,12 @@
+import dataclasses
 import hashlib
+import json
 
 import numpy as np
 import pytest
 
 from sparkmed import cohort, config
+from sparkmed.formats import segmentation
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.rejection import InputError
 
@@ -129,3 +132,144 @@ def test_an_empty_split_is_named():
 def test_nothing_to_work_on_is_an_error():
     with pytest.raises(InputError, match="no image volume"):
         study(["other.nii.gz"], **PAIRS)
+
+
+ORGANS = SEGMENTATION | {"classes": ["background", "liver", "kidneys"]}
+SEGMENTS = {"labels": {"segments": {"liver": "Liver", "kidneys": ["left kidney", "right kidney"]}}}
+LIVER = {"labels": {"segments": {"liver": "Liver"}}}
+
+
+def scan(name, **facts):
+    """An image volume of the series ``name``."""
+    return dataclasses.replace(
+        header(f"{name}.dcm", patient=f"sub-{name}"), format="dicom", series_uid=name, header=json.dumps(facts)
+    )
+
+
+def seg(name, of, *labels, frame="", **facts):
+    """A segmentation of the series ``of`` with these segments, in a file ``name``."""
+    segments = [{"number": n, "label": label} for n, label in enumerate(labels, start=1)]
+    facts = {"segments": segments, "references": [[of, frame]]} | facts
+    return dataclasses.replace(
+        header(f"{name}.dcm"), format="dicom_seg", shape=(len(labels), 0, 0, 0), affine=(), header=json.dumps(facts)
+    )
+
+
+def reasons(found):
+    return sorted((r.uri.removeprefix("file:///a/"), r.reason) for r in found.rejections)
+
+
+def test_segmentations_join_by_the_series_they_name():
+    one = seg("x", "1", "Spleen", "LIVER", "Right Kidney", "Left  kidney")
+    two = seg("y", "2", "", "", property="", segments=[{"number": 7, "label": "", "property": ["10200004", "SCT", "Liver"]}])
+    found = study([two, scan("1"), scan("2"), one], ORGANS, **SEGMENTS)
+    assert [(m.image.series_uid, m.label.source_paths, m.subject) for m in found.members] == [
+        ("1", ("x.dcm",), "sub-1"), ("2", ("y.dcm",), "sub-2")
+    ]  # fmt: skip
+    assert [m.label.facts["classes"] for m in found.members] == [{"2": 1, "3": 2, "4": 2}, {"7": 1}]
+    assert all(m.label.shape == (1, 4, 4, 4) and m.label.affine == m.image.affine and m.split for m in found.members)
+    assert not found.rejections and not found.ignored
+
+
+def test_without_segments_in_the_config_segmentations_are_ignored():
+    found = study([scan("1"), seg("x", "1", "Liver")], ORGANS, labels={"allow_missing": True})
+    assert len(found.members) == 1 and found.members[0].label is None and found.ignored == 1
+
+
+def test_a_prediction_that_came_back_is_no_truth():
+    found = study([scan("1"), seg("a", "1", "Liver"), seg("b", "1", "Liver", predicted=True)], ORGANS, **LIVER)
+    assert [m.label.source_paths for m in found.members] == [("a.dcm",)]
+    assert not found.rejections and found.ignored == 1
+
+
+def test_segmentations_that_are_no_label_have_reasons():
+    scans = [scan(n) for n in "124567"] + [scan("3", frame="1.1")]
+    segs = [
+        seg("a", "1", "Liver"), seg("b", "9", "Liver"), seg("c", "2", "Spleen"), seg("d", "3", "Liver", frame="2.2"),
+        seg("e", "4", "Liver"), seg("f", "4", "left kidney", "LIVER"), seg("g", "5", "Liver"), seg("h", "5", "Tumour"),
+        seg("i", "6", "Liver", "right kidney", segmentation.WITHHELD), seg("j", "7", "Liver"), seg("k", "7", segmentation.WITHHELD),
+    ]  # fmt: skip
+    found = study([*scans, *segs], ORGANS, **SEGMENTS)
+    assert [m.image.series_uid for m in found.members] == ["1", "5"]
+    assert reasons(found) == [
+        ("2.dcm", "LABEL_REFUSED"), ("3.dcm", "LABEL_REFUSED"), ("4.dcm", "CONFLICTING_LABELS"), ("6.dcm", "LABEL_REFUSED"),
+        ("7.dcm", "LABEL_REFUSED"), ("b.dcm", "LABEL_WITHOUT_IMAGE"), ("c.dcm", "LABEL_WITHOUT_SEGMENT"),
+        ("d.dcm", "FRAME_OF_REFERENCE"), ("e.dcm", "CONFLICTING_LABELS"), ("f.dcm", "CONFLICTING_LABELS"),
+        ("h.dcm", "LABEL_WITHOUT_SEGMENT"), ("i.dcm", "LABEL_UNREADABLE"), ("j.dcm", "LABEL_WITHOUT_IMAGE"),
+        ("k.dcm", "LABEL_UNREADABLE"),
+    ]  # fmt: skip
+
+
+def test_segmentations_of_one_image_are_put_together_when_each_holds_other_classes():
+    segs = [seg("a", "1", "right kidney", "Spleen"), seg("b", "1", "Left kidney"), seg("c", "1", "Liver")]
+    conflict = study([scan("1"), scan("2"), *segs, seg("d", "2", "liver")], ORGANS, **SEGMENTS)
+    assert reasons(conflict) == [("1.dcm", "CONFLICTING_LABELS")] + [(f"{n}.dcm", "CONFLICTING_LABELS") for n in "abc"]
+    assert "hold kidneys" in conflict.rejections[0].message
+    kidneys = seg("a", "1", "right kidney", "Spleen", "left kidney")
+    found = study([scan("1"), kidneys, segs[2]], ORGANS, **SEGMENTS)
+    (member,) = found.members
+    assert member.label.source_paths == ("a.dcm", "c.dcm") and member.label.shape == (1, 4, 4, 4)
+    assert [p["classes"] for p in member.label.facts["parts"]] == [{"1": 2, "3": 2}, {"1": 1}]
+    assert not found.rejections and not found.ignored
+    assert member.label.uid != study([scan("1"), segs[2]], ORGANS, **LIVER).members[0].label.uid
+
+
+@pytest.mark.parametrize("name", ["Tumor/Cyst", "ÖDEM", "O\u0308dem", "Lung L+R", "肝臓"])
+def test_any_name_is_a_name(name):
+    found = study([scan("1"), seg("a", "1", "Body", "Tumor/Cyst", "Ödem", "lung l+r", "肝臓")], ORGANS,
+                  labels={"segments": {"liver": name}})  # fmt: skip
+    assert list(found.members[0].label.facts["classes"].values()) == [1]
+
+
+def test_a_segment_that_no_segmentation_has_is_an_error():
+    labels = {"segments": {"liver": "Liver", "kidneys": "Kidny"}, "allow_missing": True}
+    with pytest.raises(InputError, match="segments.kidneys: no segmentation .* has a segment 'Kidny'; there are: Kidney, Liver$"):
+        study([scan("1"), seg("a", "1", "Liver", "Kidney")], ORGANS, labels=labels)
+    assert len(study([scan("1")], ORGANS, labels=labels).members) == 1, "no segmentation at all: there is nothing to learn from"
+
+
+def test_an_image_whose_segmentation_is_of_something_else_may_be_scored():
+    labels = LIVER["labels"] | {"allow_missing": True}
+    found = study([scan("1"), seg("a", "1", "Tumour"), scan("2"), seg("b", "2", "Liver", frame="x")], ORGANS, labels=labels)
+    assert [(m.image.series_uid, m.split is None) for m in found.members] == [("1", True), ("2", False)]
+    assert reasons(found) == [("a.dcm", "LABEL_WITHOUT_SEGMENT")]
+
+
+def test_one_segmentation_labels_all_volumes_of_its_series_that_it_fits():
+    echoes = [
+        dataclasses.replace(scan("1"), uid=f"{n}" * 32, sources=(f"file:///a/{n}.dcm",), source_paths=(f"{n}.dcm",)) for n in "12"
+    ]
+    small = dataclasses.replace(echoes[1], uid="3" * 32, sources=("file:///a/3.dcm",), source_paths=("3.dcm",), shape=(1, 2, 2, 2))
+    plane = [0, 0, 3, -1, 0, 0, 0, -1, 0, 1, 1]  # of 4 x 4 pixels
+    labels = LIVER["labels"] | {"allow_missing": True}
+    found = study([*echoes, small, seg("a", "1", "Liver", planes=[plane], size=[4, 4])], ORGANS, labels=labels)
+    assert [bool(m.label) for m in found.members] == [True, True, False]
+    assert not found.rejections
+
+
+@pytest.mark.parametrize("only, left", [
+    ({}, "abc"),
+    ({"modality": "MR"}, "ab"),
+    ({"echo": 4.9}, "a"),
+    ({"echo": "4.9", "modality": "MR"}, "a"),
+    ({"type": "*PRIMARY*M*"}, "ab"),
+    ({"echo": "*"}, "abc"),
+    ({"nothing": 1}, ""),
+])  # fmt: skip
+def test_only_images_with_these_facts(only, left):
+    facts = {
+        "a": {"type": ["ORIGINAL", "PRIMARY", "M"], "part": {"echo": 4.9}},
+        "b": {"type": ["ORIGINAL", "PRIMARY", "M"], "part": {"echo": 9.8}},
+        "c": {"type": ["ORIGINAL", "PRIMARY", "AXIAL"]},
+    }
+    images = [
+        dataclasses.replace(header(f"img/{n}.nii.gz"), modality="CT" if n == "c" else "MR", header=json.dumps(f))
+        for n, f in facts.items()
+    ]
+    settings = {"images": PAIRS["images"], "labels": {"allow_missing": True}, "only": only}
+    if not left:
+        with pytest.raises(InputError, match="no image volume"):
+            study(images, **settings)
+    else:
+        found = study(images, key=None, **settings)
+        assert "".join(m.subject for m in found.members) == left and found.ignored == 3 - len(left)

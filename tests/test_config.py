@@ -24,6 +24,16 @@ LEAST = {"name": "p", "task": "segmentation", "classes": ["background", "organ"]
         ({"task": "classification", "preprocess": {"size": [8, 8, 1]}, "patches": {"sampler": "balanced"}}, "needs label images"),
         ({"volumes": {"splits": {"train": 0.9, "val": 0.2, "test": 0.1}}}, "train + val + test is 1.2"),
         ({"volumes": {"labels": {"pattern": "l/{subject}", "csv": "l.csv"}}}, "both pattern and csv"),
+        ({"volumes": {"labels": {"csv": "l.csv", "segments": {"organ": "Liver"}}}}, "both csv and segments"),
+        (
+            {"volumes": {"labels": {"segments": {"liver": "Liver"}}}},
+            "by foreground classes of a segmentation, .'organ'.; got .'liver'.",
+        ),
+        ({"volumes": {"labels": {"segments": {"organ": ["Liver", "liver"]}}}}, "names a segment twice"),
+        ({"score": {"masks": "seg"}}, "score.masks seg wants score.seg_folder: DICOM SEG hold the names of patients"),
+        ({"score": {"segments": {"background": {}}}}, "score.segments is by foreground classes"),
+        ({"score": {"segments": {"organ": {"type": ["10200004", "SCT"]}}}}, "score.segments.organ.type"),
+        ({"score": {"segments": {"organ": {"type": ["1", "a scheme of many words", "Liver"]}}}}, "at most 16 characters"),
         ({"preprocess": {"orientation": "RAX"}}, "preprocess.orientation"),
     ],
 )
@@ -73,3 +83,41 @@ def test_components_keep_their_arguments():
 @pytest.mark.parametrize("path", sorted(pathlib.Path(__file__).parents[1].glob("conf/*.yaml")), ids=lambda p: p.name)
 def test_the_configs_that_come_along_are_valid(path):
     assert config.load(str(path)).name
+
+
+def test_deidentification_takes_its_sections_of_a_project(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: p\ntask: segmentation\nclasses: [a, b]\narchive: a\nlake: /l\nidentity: {key_env: K}\ndeidentify: {device: kept}\n"
+    )
+    wanted = config.deidentification("/in", "/out", ["deidentify.allow=[ultrasound]"], str(path))
+    assert (wanted.archive, wanted.out, wanted.identity.key_env, wanted.key) == ("/in", "/out", "K", "/l/subject.key")
+    assert (wanted.deidentify.device, wanted.deidentify.dates, wanted.deidentify.allow) == ("kept", "shifted", ("ultrasound",))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("identity.keep_subjects=true", "must not"),
+        ("deidentify.date=removed", "did you mean deidentify.dates?"),
+        ("deidentify.allow=[ultrasounds]", "deidentify.allow.0"),
+        ("train.epochs=3", "unknown key train"),
+    ],
+)
+def test_a_wrong_deidentification_is_one_sentence(override, sentence):
+    with pytest.raises(InputError, match=sentence.replace("?", r"\?")):
+        config.deidentification("/in", "/out", [override])
+
+
+def test_how_masks_are_written_counts_only_when_it_is_not_as_ever():
+    score = config.Score()
+    assert score.outputs == [] == config.Score(segments={"organ": {}}, seg_folder="/seg").outputs
+    segs = [config.Score(masks=m, seg_folder=f, seg_type=t) for m, f, t in
+            [("seg", "/a", "BINARY"), ("seg", "/b", "BINARY"), ("both", "/a", "BINARY"), ("seg", "/a", "LABELMAP")]]  # fmt: skip
+    assert segs[0].outputs == segs[1].outputs
+    assert len({config.digest(*s.outputs) for s in segs}) == 3
+    assert all(s.numbers == score for s in segs)
+
+
+def test_codes_may_be_written_as_numbers():
+    assert config.Segment(type=[10200004, "SCT", "Liver"]).type == ("10200004", "SCT", "Liver")

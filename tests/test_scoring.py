@@ -1,9 +1,18 @@
+import dataclasses
+
 import numpy as np
+import pydicom
 import pytest
 import torch
+from formats import dicoms
 from monai.metrics import compute_dice
 
-from sparkmed import scoring
+from sparkmed import formats, scoring
+from sparkmed.config import Component, Preprocess, Score
+from sparkmed.formats import dicom_seg
+from sparkmed.learning import networks
+from sparkmed.learning.model import Model, ModelSpec
+from sparkmed.rejection import Refused
 
 
 def test_dice_equals_monai():
@@ -38,3 +47,97 @@ def test_the_key_depends_on_all_three():
 def test_mask_paths_hold_no_path_of_the_archive():
     path = scoring.mask_path("a model/x", "3", "5e77", "sub 1", "abc")
     assert path == "predictions/masks/a%20model%2Fx/3/5e77/sub%201_abc.nii.gz"
+
+
+OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)
+CLASSES = ("background", "liver", "kidney")
+SEGMENTS = {"liver": {"type": (10200004, "SCT", "Liver")}}
+
+
+def segmenter(**score) -> Model:
+    """A model that finds something of every class, on a grid that is no input's."""
+    spec = ModelSpec(
+        name="organs", task="segmentation", classes=CLASSES, in_channels=1, spatial_dims=3, window=(16, 16, 8),
+        network=Component(name="UNet", channels=[4, 8], strides=[2]),
+        preprocess=Preprocess(orientation="PIR", spacing=(1.7, 1.9, 2.1)), score=Score(overlap=0.25, **score),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return Model(spec, networks.build(spec.network, 1, 3, 3))
+
+
+def row_of(folder, datasets):
+    """The volumes row of a series, as far as scoring looks at it, and its header."""
+    ((header,), _) = formats.read_headers(str(dicoms.write(folder, datasets)))
+    return {**header.row(), "subject": "sub-1", "split": None, "target": None, "label": None}, header
+
+
+def series(**elements):
+    return dicoms.series(dicoms.stack((18, 14, 9)), PixelSpacing=[1.5, 1.25], orientation=OBLIQUE, StudyDate="20200304", **elements)
+
+
+def segs(folder, **changes):
+    return dataclasses.replace(scoring.SegFolder(str(folder), "organs", "3", "d1g3st", "s3tt1ngs"), **changes)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_a_prediction_goes_back_as_a_seg_on_the_grid_of_its_series(tmp_path, kind):
+    row, header = row_of(tmp_path / "in", series(InstanceNumber=lambda k: 9 - k))
+    model = segmenter(masks="seg", seg_folder=str(tmp_path / "out"), seg_type=kind, segments=SEGMENTS)
+    out = scoring.score(model, row, segs=segs(tmp_path / "out"))
+    labels = model.predict(formats.read_volume(header)).array
+    assert len(np.unique(labels)) > 1
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == out["seg"]
+    assert np.array_equal(dicom_seg.read(str(path), header).array, np.concatenate([labels == 1, labels == 2]))
+    ds = pydicom.dcmread(path)
+    assert (f"{ds.SOPInstanceUID}.dcm", ds.SeriesDescription, ds.ContentDate) == (out["seg"], "organs 3", "20200304")
+    described = [s for s in ds.SegmentSequence if s.SegmentNumber]  # a label map describes its background too
+    assert [s.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for s in described] == ["Liver", "Tissue"]
+    assert not any(dicoms.SECRET in str(v) for v in out.values())
+
+
+def test_a_fractional_seg_holds_the_probabilities(tmp_path):
+    row, header = row_of(tmp_path / "in", series())
+    model = segmenter(masks="seg", seg_folder="x", seg_type="FRACTIONAL")
+    out = scoring.score(model, row, segs=segs(tmp_path / "out"))
+    probabilities = model.probabilities(formats.read_volume(header)).array[1:]
+    half = np.rint(np.clip(probabilities, 0, 1) * 255) >= 127.5
+    assert np.array_equal(dicom_seg.read(str(tmp_path / "out" / out["seg"]), header).array, half)
+
+
+def test_scored_again_it_is_the_same_object_and_under_other_settings_another(tmp_path):
+    row, _ = row_of(tmp_path / "in", series())
+    model = segmenter(masks="both", seg_folder="x")
+    names = [scoring.score(model, row, None, segs(tmp_path / f, **c))["seg"] for f, c in
+             [("a", {}), ("b", {}), ("c", {"settings": "0ther"}), ("d", {"model_digest": "0ther"})]]  # fmt: skip
+    assert names[0] == names[1] and len(set(names)) == 3
+    first, again = ((tmp_path / f / names[0]).read_bytes() for f in "ab")
+    assert first == again
+
+
+def test_both_masks_hold_the_same(tmp_path):
+    row, header = row_of(tmp_path / "in", series())
+    out = scoring.score(segmenter(masks="both", seg_folder="x"), row, str(tmp_path / "mask.nii.gz"), segs(tmp_path / "out"))
+    ((mask,), _) = formats.read_archive(str(tmp_path / "mask.nii.gz"))
+    seg = dicom_seg.read(str(tmp_path / "out" / out["seg"]), header).array
+    assert np.array_equal(seg[0] + 2 * seg[1], mask.array[0])
+
+
+@pytest.mark.parametrize("to_nifti", [True, False])
+def test_a_prediction_without_a_seg_is_kept_and_says_why(tmp_path, to_nifti):
+    row, _ = row_of(tmp_path / "in", series())
+    mask = str(tmp_path / "mask.nii.gz") if to_nifti else None
+    out = scoring.score(segmenter(masks="both", seg_folder="x"), row | {"series_uid": ""}, mask, segs(tmp_path / "out"))
+    assert out["seg_refused"].reason == "SEG_SOURCE" and "seg" not in out and len(out["ml"]) == 3
+    assert (tmp_path / "mask.nii.gz").exists() == to_nifti and not (tmp_path / "out").exists()
+
+
+def test_a_seg_that_may_be_written_later_is_tried_again(tmp_path, monkeypatch):
+    row, _ = row_of(tmp_path / "in", series())
+
+    def gone(*_):
+        raise Refused("UNREADABLE", "the file cannot be read")
+
+    monkeypatch.setattr(dicom_seg, "_headers", gone)
+    with pytest.raises(Refused, match="UNREADABLE"):
+        scoring.score(segmenter(masks="seg", seg_folder="x"), row, segs=segs(tmp_path / "out"))

@@ -113,3 +113,24 @@ def test_a_name_that_is_not_utf8_is_spelt_so_that_it_can_be_written(tmp_path):
     assert storage.read_bytes(file.uri) == b"1"
     assert storage.spelt(file.path) == "bad\\udcff\\ \u00fc"
     storage.spelt(file.uri).encode()
+
+
+@pytest.mark.parametrize("store", ["memory://ordered", "local"])
+def test_walk_is_in_the_order_of_whole_paths_as_they_are_spelt(tmp_path, store):
+    base = str(tmp_path) if store == "local" else store
+    names = ["a.b", "a/w", "a/x.y/z", "a/x/y", "a0", "b/c/d", "\u00fc", "\U0001f600/x"]
+    if store == "local":
+        names.append("b\udcff/x")
+    for name in names:
+        storage.write_bytes(f"{base}/{name}", b"x")
+    found = [f.path for f in storage.walk(base)]
+    assert set(found) == set(names)
+    assert found == sorted(names, key=storage.spelt)
+
+
+def test_walk_of_a_remote_file_is_itself_and_of_nothing_an_error():
+    storage.write_bytes("memory://single/x/a.txt", b"abc")
+    (only,) = storage.walk("memory://single/x/a.txt")
+    assert (only.path, only.size) == ("a.txt", 3) and only.uri.endswith("single/x/a.txt")
+    with pytest.raises(FileNotFoundError):
+        list(storage.walk("memory://single/none"))

@@ -175,6 +175,7 @@ class _PyFunc:
         from sparkmed import formats  # files are a face of this class only
 
         volumes, rejections = formats.read_archive(uri)
+        volumes = [v for v in volumes if v.modality not in ("SEG", "RTSTRUCT")]
         if len(volumes) != 1:
             reasons = "; ".join(f"{r.reason}: {r.message}" for r in rejections[:3])
             raise InputError(f"{uri}: holds {len(volumes)} volumes, wanted 1" + (f" ({reasons})" if reasons else ""))

@@ -1,8 +1,11 @@
 """Archive to catalog: what files there are, read once each."""
 
 import datetime
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
@@ -13,9 +16,12 @@ from sparkmed.formats import archive
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import paths, splits
 from sparkmed.rejection import InputError, Refused, Rejection
+from sparkmed.spark import manifest
 from sparkmed.spark.session import packed
 
 STAGE = "catalog"
+FILES_PER_SLOT = 5000
+"""Files per task slot that the driver holds at a time (twice: those being read, and the next ones)."""
 _PATTERN = re.compile(r"[\[\]{}*?\\]")  # what Spark would take for a pattern of paths
 
 
@@ -25,8 +31,9 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
 
     Only files that are new or whose size or modification time changed are opened. ``key`` makes pseudonyms of patients; None
     keeps their identifiers. Under another key than before (or none) every file is read again and all earlier rows and their
-    data files go. Files of the lake itself are passed over. Writes nothing when nothing changed. Raises FileNotFoundError when
-    there is nothing at ``url``, InputError when that is the lake itself.
+    data files go. Files of the lake itself are passed over. Writes nothing when nothing changed. The driver holds some thousand
+    files at a time, however many there are. Raises FileNotFoundError when there is nothing at ``url``, InputError when that is
+    the lake itself.
     """
     instances, refusals = tables.catalog(lake), tables.quarantine(lake)
     own = storage.absolute(lake).rstrip("/") + "/"
@@ -36,40 +43,51 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     finished = instances.committed(STAGE)  # all below is as of this run, whoever commits meanwhile
     unfinished = _unfinished(refusals, finished)
     run = max(finished, refusals.committed(STAGE)) + 1
-    latest = _latest_files(spark, lake, finished).collect()
-    known = {r.container: r for r in latest if not r.gone}
+    known = manifest.Manifest(lake, finished)
+    if not known.exists and finished:  # an earlier version, or a run that was killed when it had committed
+        manifest.write(_latest_files(spark, lake, finished), lake, finished)
+        known = manifest.Manifest(lake, finished)
     identity = fingerprint(key)
-    rekeyed = any(r.identity != identity for r in latest)
+    rekeyed = bool(known.identities - {identity})
+    lineage = {**lineage, "run": run, "identity": identity}
     ignored = [paths.PathPattern(p) for p in limits.exclude]
     walked = (f for f in storage.walk(url) if not (inner and f.uri.startswith(own)))
-    found = {storage.spelt(f.uri): f for f in walked if not any(p.match(f.path) for p in ignored)}
-    same = {u for u, r in known.items() if u in found and (r.file_size, r.file_mtime_ns) == (found[u].size, found[u].mtime_ns)}
-    if rekeyed:
-        same = set()
-    todo = {u: f for u, f in found.items() if u not in same}
-    gone = [u for u in known if u not in found]
-    new = sum(u not in known for u in todo)
-    counts = {"files": len(found), "new": new, "changed": len(todo) - new, "gone": len(gone)}
-    counts["refused"] = sum(known[u].refused for u in same)
-    counts["instances"] = sum(known[u].members for u in same) - counts["refused"]
-    if not (todo or gone or rekeyed or unfinished):
-        if latest:
+    found = (f for f in walked if not any(p.match(f.path) for p in ignored))
+    counts = dict.fromkeys(("files", "new", "changed", "gone", "refused", "instances"), 0)
+    absent, marks = [], []
+
+    def mark():
+        if absent:
+            marks.append(instances.write([{"uri": u, "container": u, "format": "gone", **lineage} for u in absent]))
+            absent.clear()
+
+    def todo() -> Iterator[storage.File]:
+        for file, before in manifest.compare(found, known):
+            there = before is not None and not before.gone
+            if file is None:
+                counts["gone"] += there
+                if there or rekeyed:
+                    absent.append(before.container)
+                if len(absent) == FILES_PER_SLOT:
+                    mark()
+                continue
+            counts["files"] += 1
+            if there and not rekeyed and (before.file_size, before.file_mtime_ns) == (file.size, file.mtime_ns):
+                counts["refused"] += before.refused
+                counts["instances"] += before.members - before.refused
+                continue
+            counts["changed" if there else "new"] += 1
+            yield file
+
+    written = _read_all(spark, todo(), lambda files: _write(files, lake, limits, key, lineage))
+    mark()
+    if not (written or marks or rekeyed or unfinished):
+        if known.rows:
             instances.sweep()  # what a run left that was killed before it could
         return counts
-
-    lineage = {**lineage, "run": run, "identity": identity}
-    # a file costs its bytes to hash and about 0.1 MB worth of time to open
-    files = list(todo.values())
-    groups = packed(files, [f.size + 100_000 for f in files], spark.sparkContext.defaultParallelism * 4)
-    written = (
-        spark.sparkContext.parallelize(groups, max(1, len(groups))).map(lambda g: _write(g, lake, limits, key, lineage)).collect()
-    )
     counts["refused"] += sum(q.rows for _, q in written if q)
     counts["instances"] += sum(c.rows for c, _ in written if c)
-    absent = [r.container for r in latest if r.container not in found] if rekeyed else gone
-    if absent:
-        marks = [{"uri": u, "container": u, "format": "gone", **lineage} for u in absent]
-        written.append((instances.write(marks), None))
+    written += [(m, None) for m in marks]
     # Quarantine first: a run counts when the catalog has its number, until then its refusals are passed over. What it makes
     # void goes last, when no rival that read the same tables can commit any more.
     void = files_of(refusals, STAGE) if rekeyed else unfinished
@@ -78,7 +96,28 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     if void:
         refusals.commit([], replace=void)
     instances.sweep()
+    manifest.write(_latest_files(spark, lake, run), lake, run)
     return counts
+
+
+def _read_all(spark: SparkSession, files: Iterator[storage.File], write: Callable[[list[storage.File]], Any]) -> list:
+    """What ``write`` makes of groups of ``files`` on the executors; the next files are listed while a batch of them is read."""
+    slots = spark.sparkContext.defaultParallelism
+
+    def job(batch: list[storage.File]) -> list:
+        # a file costs its bytes to hash and about 0.1 MB worth of time to open
+        groups = packed(batch, [f.size + 100_000 for f in batch], slots * 4)
+        return spark.sparkContext.parallelize(groups, len(groups)).map(write).collect()
+
+    written, running = [], None
+    with ThreadPoolExecutor(1) as thread:
+        while batch := list(itertools.islice(files, FILES_PER_SLOT * slots)):
+            if running:
+                written += running.result()
+            running = thread.submit(job, batch)
+        if running:
+            written += running.result()
+    return written
 
 
 def current(spark: SparkSession, lake: str) -> DataFrame:
@@ -159,10 +198,8 @@ def _write(files: list[storage.File], lake: str, limits, key: bytes | None, line
 
 def read_headers(file: storage.File, limits) -> Iterator:
     """An Instance or a Rejection for each member of a file; at least one, whatever is in it."""
-    empty = True
     try:
         for member in archive.members(file, limits):
-            empty = False
             if isinstance(member, Rejection):
                 yield member
                 continue
@@ -172,9 +209,6 @@ def read_headers(file: storage.File, limits) -> Iterator:
                 yield e.at(member.uri, STAGE)
     except OSError as e:
         yield Rejection(storage.spelt(file.uri), STAGE, "UNREADABLE", e.strerror or type(e).__name__)
-    else:
-        if empty:
-            yield Rejection(file.uri, STAGE, "EMPTY_ARCHIVE", "the archive has no member")
 
 
 def _unfinished(refusals: tables.Table, finished: int) -> list[str]:

@@ -36,17 +36,16 @@ def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: di
     storage.makedirs(spilled)
     volumes, channels = dataset.numbered(rows), dataset.channels(rows, config)
     facts = [(r["uid"], r["subject"], r["target"]) for _, r in volumes]
+
+    def cut_some(some):
+        with session.decoding():  # a name for each attempt at a task: of two that run at once, one counts
+            return dataset.spill(some, config, channels, storage.join(spilled, uuid.uuid4().hex))
+
     try:
         with materialize_dataset(
             spark, unfinished, unischema(config, channels), row_group_size_mb=max(1, int(config.patches.row_group_mb))
         ):
-            # a name for each attempt at a task: of two that run at once, one counts
-            cut = _on_executors(
-                spark,
-                volumes,
-                [dataset.weight(row, config) for _, row in volumes],
-                lambda some: dataset.spill(some, config, channels, storage.join(spilled, uuid.uuid4().hex)),
-            )
+            cut = _on_executors(spark, volumes, [dataset.weight(row, config) for _, row in volumes], cut_some)
             _require_patches(rows, cut)
             plans = dataset.plan(cut, config, channels)
             size = dataset.patch_bytes(config, channels)

@@ -1,14 +1,18 @@
 """The Spark session, and what must hold before a job is worth starting."""
 
+import heapq
 import os
+import re
 import sys
 import time
 import uuid
 
+from pyspark import TaskContext
 from pyspark.sql import SparkSession
 
 from sparkmed import storage
 from sparkmed.config import Spark
+from sparkmed.formats import isolation
 from sparkmed.rejection import InputError
 
 LOCAL = {
@@ -18,6 +22,7 @@ LOCAL = {
     "spark.ui.showConsoleProgress": "false",
 }
 """What local Spark gets unless the config says otherwise."""
+_ONE_ATTEMPT = re.compile(r"local(?:\[(\d+|\*)\])?")
 
 
 def session(settings: Spark, name: str) -> SparkSession:
@@ -32,12 +37,29 @@ def session(settings: Spark, name: str) -> SparkSession:
         local = settings.master.startswith("local")
         if local:
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        builder = builder.master(settings.master)
+        builder = builder.master(_retrying(settings))
         for key, value in {**(LOCAL if local else {}), **settings.conf}.items():
             builder = builder.config(key, value)
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def _retrying(settings: Spark) -> str:
+    """The master; local Spark, which gives up at the first failure of a task, is told to try as often as a cluster does.
+
+    >>> _retrying(Spark(master="local[2]")), _retrying(Spark(master="local[2,1]"))
+    ('local[2,4]', 'local[2,1]')
+    """
+    found = _ONE_ATTEMPT.fullmatch(settings.master)
+    if not found:
+        return settings.master
+    return f"local[{found[1] or 1},{settings.conf.get('spark.task.maxFailures', '4')}]"
+
+
+def decoding():
+    """How the task at work decodes pixels: a context, quick at first, in child processes once the worker of an attempt has died."""
+    return isolation.isolated() if TaskContext.get().attemptNumber() else isolation.watched()
 
 
 def slots(spark: SparkSession, wanted: int, patience: float = 60.0) -> int:
@@ -100,9 +122,9 @@ def packed(items: list, weights: list[float], parts: int) -> list[list]:
     [['a'], ['c', 'b']]
     """
     groups: list[list] = [[] for _ in range(max(1, min(parts, len(items))))]
-    loads = [0.0] * len(groups)
+    loads = [(0.0, g) for g in range(len(groups))]  # a heap
     for i in sorted(range(len(items)), key=lambda i: -weights[i]):
-        lightest = loads.index(min(loads))
+        load, lightest = loads[0]
         groups[lightest].append(items[i])
-        loads[lightest] += weights[i]
+        heapq.heapreplace(loads, (load + weights[i], lightest))
     return [g for g in groups if g]

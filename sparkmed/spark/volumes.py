@@ -16,6 +16,7 @@ from sparkmed.identity import fingerprint
 from sparkmed.imaging import labels, preprocess
 from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark import catalog
+from sparkmed.spark.session import decoding
 
 STAGE = cohort.STAGE
 
@@ -99,9 +100,15 @@ def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], 
         instance = dataclasses.replace(Instance.from_row(r.asDict()), patient=r.subject or "")
         return group(instance), instance
 
+    settings = config.volumes
     grouped = catalog.current(spark, config.lake).rdd.map(keyed).groupByKey()
     headers, rejections = [], []
-    for found, refused in grouped.map(lambda pair: series.assemble(pair[1])).collect():
+
+    def assembled(pair):
+        with decoding():  # copies of an instance are compared
+            return series.assemble(pair[1], settings)
+
+    for found, refused in grouped.map(assembled).collect():
         headers += found
         rejections += refused
     return sorted(headers, key=lambda h: h.source_paths), sorted(rejections, key=lambda r: (r.uri, r.reason))
@@ -125,17 +132,18 @@ def _check_labels(spark: SparkSession, members: list[cohort.Member], config: Con
     known = {m.image.uid: counted[m.image.uid, m.label.uid] for m in members if m.label and (m.image.uid, m.label.uid) in counted}
     todo = [m for m in members if m.label and m.image.uid not in known]
 
-    def check(member):
-        try:
-            image = member.image
-            label = labels.on_grid(formats.read_volume(member.label), np.reshape(image.affine, (4, 4)), image.shape[1:])
-            return member.image.uid, labels.check_label(label, label, classes).tolist(), None
-        except Refused as e:
-            return member.image.uid, None, e
+    def check(some):
+        with decoding():
+            for member in some:
+                image = member.image
+                try:
+                    label = labels.on_grid(formats.read_volume(member.label), np.reshape(image.affine, (4, 4)), image.shape[1:])
+                    yield image.uid, labels.check_label(label, label, classes).tolist(), None
+                except Refused as e:
+                    yield image.uid, None, e
 
-    checked = (
-        spark.sparkContext.parallelize(todo, max(1, min(len(todo), 4 * spark.sparkContext.defaultParallelism))).map(check).collect()
-    )
+    tasks = max(1, min(len(todo), 4 * spark.sparkContext.defaultParallelism))
+    checked = spark.sparkContext.parallelize(todo, tasks).mapPartitions(check).collect()
     problems = {uid: e for uid, _, e in checked if e}
     beyond = [
         (m, problems[m.image.uid])

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from formats import dicoms
 
 from sparkmed.config import Component, Intensity, Preprocess, Score
 from sparkmed.imaging.volume import Volume
@@ -163,6 +164,14 @@ def test_plain_mlflow_loads_it(tmp_path):
     mlflow.pyfunc.save_model(str(tmp_path / "saved"), loader_module="sparkmed.learning.model", data_path=str(tmp_path / "data"))
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "saved"))
     assert loaded.predict(np.zeros((1, 1, 16, 16, 8), np.float32)).shape == (1, 3, 16, 16, 8)
+
+
+def test_segmentations_beside_an_image_are_not_scored(tmp_path):
+    sources = dicoms.series(dicoms.stack((12, 10, 6)))
+    dicoms.write(tmp_path, sources)
+    dicoms.seg(sources, np.ones((6, 10, 12), np.uint8), ("liver",)).save_as(tmp_path / "seg.dcm")
+    answer = models._PyFunc(segmenter()).predict(pd.DataFrame({"uri": [str(tmp_path)]}))
+    assert list(answer.columns) == ["uri", "ml_liver", "ml_spleen"] and len(answer) == 1
 
 
 def test_class_probabilities_are_a_plain_mapping():

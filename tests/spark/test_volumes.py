@@ -1,14 +1,17 @@
+import io
 import shutil
 
+import numpy as np
+import pydicom
 import pytest
 from archives import SHAPE, ct_config, ct_pairs
 from formats import dicoms
 
-from sparkmed import config, formats, storage, tables
-from sparkmed.formats import nifti
+from sparkmed import config, dataset, formats, storage, tables
+from sparkmed.formats import dicom_write, nifti
 from sparkmed.imaging import phantom
 from sparkmed.rejection import InputError, Rejection
-from sparkmed.spark import catalog, volumes
+from sparkmed.spark import catalog, patches, volumes
 
 pytestmark = pytest.mark.engine
 KEYS = (b"f" * 16, b"h" * 16)
@@ -91,6 +94,35 @@ def test_a_label_is_refused_only_if_no_image_uses_it(spark, archive, tmp_path):
         ("lab/s03.nii.gz", "LABEL_GRID_MISMATCH"),
         ("scout/s03.nii.gz", "LABEL_REFUSED"),
     ]
+
+
+def test_segmentations_of_dicom_series_are_labels_down_to_the_patches(spark, tmp_path):
+    truth = {}
+    for i in range(8):
+        image, label = phantom.ct(i, SHAPE, (4.0, 4.0, 6.0))
+        slices = [
+            pydicom.dcmread(io.BytesIO(b)) for b in dicom_write.ct_series(image, dicom_write.Patient("A^B", f"s{i}"), f"s{i}")
+        ]
+        dicoms.write(tmp_path / "archive" / f"s{i}", slices)
+        stacked = np.moveaxis(np.stack([label.array[0] == c for c in (1, 2)], axis=-1), (0, 1, 2), (2, 1, 0)).astype(np.uint8)
+        each = (
+            [(stacked, ("Liver/1", "Kidneys"))] if i % 2 else [(stacked[..., :1], ("Liver/1",)), (stacked[..., 1:], ("Kidneys",))]
+        )
+        for n, (pixels, names) in enumerate(each):
+            uids = {"series_instance_uid": f"1.9.{i}", "sop_instance_uid": f"1.9.{i}.{n}"}
+            dicoms.seg(slices, pixels, names, **uids).save_as(tmp_path / "archive" / f"s{i}-{n}.dcm")
+        truth[slices[0].SeriesInstanceUID] = np.bincount(label.array.ravel(), minlength=3).tolist()
+    (tmp_path / "archive" / "report.dcm").write_bytes(dicom_write.report(dicom_write.Patient("A^B", "s0"), "s0"))
+    labels = {"segments": {"liver": "liver/1", "kidneys": ["kidneys", "Kidney"]}}
+    study = settings(tmp_path, volumes={"labels": labels, "splits": {"train": 0.4, "val": 0.3, "test": 0.3}})
+    counts = build(spark, study, KEYS[0])
+    assert (counts["volumes"], counts["refused"], counts["ignored"]) == (8, 1, 0)
+    rows = tables.volumes(study.lake).rows()
+    assert {r["series_uid"]: r["label_counts"] for r in rows} == truth
+    assert refusals(study) == [("report.dcm", "NOT_AN_IMAGE")]
+    assert build(spark, study, KEYS[0])["changed"] == 0
+    facts = dataset.describe(patches.write(spark, rows, study, LINEAGE))
+    assert not facts["refused"] and sum(facts["counts"].values()) > 0
 
 
 def test_another_key_makes_other_subjects_and_leaves_no_old_one(spark, archive, tmp_path):
