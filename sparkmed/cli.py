@@ -71,6 +71,10 @@ def _act(options) -> int:
         return 0
     if options.verb == "demo":
         return demo.main(options.folder)
+    if options.verb == "deidentify":
+        wanted = configuration.deidentification(options.archive, options.out, options.overrides, options.config)
+        print(", ".join(f"{k} {v}" for k, v in pipeline.deidentify(wanted).items()))
+        return 0
     config = configuration.load(options.config, options.overrides)
     if options.verb == "check":
         problems = pipeline.check(config, data=True)
@@ -96,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     inspect = verbs.add_parser("inspect", help="geometry and headers of a file, a series or a folder")
     inspect.add_argument("uri", metavar="URI")
+    clean = verbs.add_parser("deidentify", help="DICOM copies without identity, each proven clean, and a table of what was done")
+    clean.add_argument("archive", metavar="ARCHIVE", help="folder or URL of the DICOM files; zip and tar files are read in place")
+    clean.add_argument("out", metavar="OUT", help="folder or URL of the copies; the table is OUT.audit")
+    clean.add_argument("overrides", nargs="*", metavar="key=value", help="such as deidentify.dates=removed identity.key_file=/key")
+    clean.add_argument("--config", metavar="CONFIG", help="YAML file of a project, whose key and settings are taken")
     demo = verbs.add_parser("demo", help="a phantom archive and the whole path on it; nothing else is needed")
     demo.add_argument("folder", nargs="?", default="demo", metavar="DIR", help="where it is written (default ./demo)")
     return parser

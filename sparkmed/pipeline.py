@@ -16,12 +16,14 @@ from collections.abc import Callable
 
 import sparkmed
 from sparkmed import dataset, identity, report, scoring, storage, tables, tracking
-from sparkmed.config import PLACE_KEYS, Config, digest
+from sparkmed.config import PLACE_KEYS, Config, Deidentification, digest
 from sparkmed.imaging import paths
 from sparkmed.learning import metrics
 from sparkmed.learning.model import ModelSpec
+from sparkmed.reasons import sentence
 from sparkmed.rejection import InputError, Rejection
 from sparkmed.spark import catalog as spark_catalog
+from sparkmed.spark import deidentify as spark_deidentify
 from sparkmed.spark import patches as spark_patches
 from sparkmed.spark import score as spark_score
 from sparkmed.spark import session as spark_session
@@ -123,7 +125,8 @@ def train(config: Config) -> dict:
     folder = storage.join(config.lake, "training", config.name, training)
     storage.makedirs(folder)
     source = {"name": config.name, "version": facts["version"], "digest": facts["digest"], "url": url, "counts": facts["counts"]}
-    parameters = {k: getattr(config, k).model_dump(mode="json") for k in ("preprocess", "patches", "train", "score")}
+    sections = {"preprocess": config.preprocess, "patches": config.patches, "train": config.train, "score": config.score.numbers}
+    parameters = {name: section.model_dump(mode="json") for name, section in sections.items()}
     tags = {"sparkmed.training": training, "sparkmed.code_version": code_version(), "sparkmed.config": digest(config)[:16]}
     with registry.run(
         f"{config.name}-{training[:6]}", {"seed": config.seed, "task": config.task, **parameters}, tags, source
@@ -204,7 +207,10 @@ def score(config: Config) -> dict:
         raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
     _require_same_classes(config, registry, version)
     model_url = registry.fetch(version, config.lake)
-    model_digest, settings = _model_digest(model_url), digest(config.score.overlap, config.score.blending)[:16]
+    model_digest = _model_digest(model_url)
+    settings = digest(config.score.overlap, config.score.blending, *config.score.outputs)[:16]
+    with_masks = config.task == "segmentation" and config.score.masks != "seg"
+    segs = _seg_folder(config) and scoring.SegFolder(_seg_folder(config), registry.model, version, model_digest, settings)
     ledger = tables.predictions(config.lake)
     keys = {scoring.key(r["uid"], model_digest, settings): r for r in _volumes(config)}
     quarantine = tables.quarantine(config.lake)
@@ -217,8 +223,10 @@ def score(config: Config) -> dict:
     for start in range(0, len(todo), config.score.commit_every):
         batch = {k: keys[k] for k in todo[start : start + config.score.commit_every]}
         paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
-        masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()}
-        rows, rejections = spark_score.predict(spark, list(batch.values()), model_url, config.train.device, masks, config.score)
+        masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
+        rows, rejections = spark_score.predict(
+            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs
+        )
         lineage = _lineage(config, config.score) | {
             "model_name": registry.model,
             "model_version": version,
@@ -226,7 +234,7 @@ def score(config: Config) -> dict:
         }
         for r in rows:
             r |= lineage | {"key": scoring.key(r["volume"], model_digest, settings)}
-            r["mask"] = paths[r["volume"]] if config.task == "segmentation" else None
+            r["mask"] = paths[r["volume"]] if with_masks else None
         done += _commit_once(ledger, rows, "score")
         of_source = {u: k for k, r in batch.items() for u in r["sources"]}
         refusals = []
@@ -241,6 +249,18 @@ def score(config: Config) -> dict:
     return {"version": version, "scored": done, "before": len(set(keys) & scored), "refused": refused, "parked": left_out}
 
 
+def _seg_folder(config: Config) -> str | None:
+    """Where DICOM SEG go, None when none are written; :class:`InputError` when that is where pseudonyms only may be."""
+    if config.score.masks == "nifti":
+        return None
+    folder, lake = storage.absolute(config.score.seg_folder), storage.absolute(config.lake)
+    if f"{folder}/".startswith(f"{lake.rstrip('/')}/"):
+        raise InputError(
+            f"score.seg_folder {folder} is in the lake {lake}: DICOM SEG hold the names of patients, put them elsewhere"
+        )
+    return folder
+
+
 def make_report(config: Config) -> dict:
     """One HTML page about all of the above."""
     registry = tracking.of(config)
@@ -248,6 +268,29 @@ def make_report(config: Config) -> dict:
     _require_same_classes(config, registry, registry.latest(), registry.champion())
     url = report.write(config, registry)
     return {"report": url}
+
+
+def deidentify(wanted: Deidentification) -> dict:
+    """De-identified copies of the DICOM files of an archive, each proven clean, and one audit row for every file."""
+    if not storage.exists(wanted.archive):
+        raise InputError(f"archive {wanted.archive} does not exist: say where the DICOM files are")
+    wanted = wanted.model_copy(update={"archive": storage.absolute(wanted.archive), "out": storage.absolute(wanted.out)})
+    place = storage.absolute(wanted.key or f"{wanted.out}.key")
+    key, origin = identity.key_of(wanted.identity, place)
+    if origin == place:
+        log.info(
+            "pseudonyms, dates and UIDs are functions of the key %s: keep it, keep it secret, and never hand it on with them",
+            origin,
+        )
+    settings = digest(wanted.deidentify, identity.fingerprint(key), code_version())[:16]
+    lineage = {**_lineage(None, wanted.deidentify, wanted.identity), "settings": settings}
+    spark = spark_session.session(wanted.spark, "sparkmed deidentify")
+    spark_session.require_shared(spark, wanted.out)
+    counts = spark_deidentify.run(spark, wanted, key, lineage)
+    reasons = tables.audit(wanted.out).read(["reason"])["reason"].value_counts().to_pylist()
+    for reason, count in sorted((r["values"], r["counts"]) for r in reasons if r["values"]):
+        log.info("%6d held back: %s (%s)", count, sentence(reason), reason)
+    return counts
 
 
 STAGES: dict[str, Callable[[Config], dict]] = {
@@ -289,7 +332,7 @@ def check(config: Config, data: bool = False) -> list[str]:
         except (InputError, StageFailed) as e:
             problems.append(str(e))
 
-    for step in (_archive_is_there, _patterns, _key, lambda c: tracking.of(c).check(), launch.check, _slots):
+    for step in (_archive_is_there, _patterns, _seg_folder, _key, lambda c: tracking.of(c).check(), launch.check, _slots):
         attempt(lambda step=step: step(config))
     if data and not problems:
         attempt(lambda: _rehearse(config))
@@ -317,7 +360,7 @@ def _slots(config: Config) -> int | None:
     ranks = config.train.processes
     if ranks == 1:
         return None
-    slots = spark_session.slots(_spark(config), ranks)
+    slots = spark_session.slots(_spark(config), ranks, patience=min(60, config.train.start_timeout))
     if slots < ranks:
         raise InputError(f"train.processes is {ranks} but Spark has {slots} task slots: lower it, or give Spark more cores")
     return slots

@@ -20,6 +20,7 @@ import pandas as pd
 
 from sparkmed import dataset, formats, pictures, reasons, scoring, storage, tables, tracking
 from sparkmed.config import Config
+from sparkmed.formats import isolation
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import metrics
@@ -62,6 +63,7 @@ def write(config: Config, registry: tracking.Registry) -> str:
     return url
 
 
+@isolation.isolated()  # a volume that no stage could decode must not end this process
 def examples(config: Config, model_url: str, rows: Sequence[dict]) -> dict[str, bytes]:
     """PNGs of volume rows as the model in the folder ``model_url`` predicts them: by name of the picture.
 
@@ -252,6 +254,7 @@ def _classified(config: Config, evaluated: list[dict]) -> dict[str, Any]:
     }
 
 
+@isolation.isolated()
 def _examples_section(config: Config, facts: dict, rows: list[dict], evaluated: list[dict]) -> dict[str, Any]:
     """Pictures of test subjects; masks that the score stage has written are used, the others predicted here."""
     if not evaluated:
@@ -265,7 +268,8 @@ def _examples_section(config: Config, facts: dict, rows: list[dict], evaluated: 
             else {"missing": "No test image could be read."}
         )
     known = {r["volume"]: r for r in evaluated}
-    masks = {r["volume"]: r["mask"] for r in tables.predictions(config.lake).rows() if r["model_digest"] == facts["digest"]}
+    scored = tables.predictions(config.lake).rows()
+    masks = {r["volume"]: r["mask"] for r in scored if r["model_digest"] == facts["digest"] and r["mask"]}
     shown = []
     for name, row in _chosen([by_uid[u] for u in known], known):
         try:

@@ -5,6 +5,7 @@ import pathlib
 import pytest
 import yaml
 from archives import ct_config, ct_pairs
+from formats import dicoms
 
 from sparkmed import tables
 
@@ -23,7 +24,7 @@ def project(tmp_path_factory):
 
 
 def test_there_is_a_job_per_stage():
-    assert {p.stem for p in JOBS.glob("*.py")} == set(STAGES)
+    assert {p.stem for p in JOBS.glob("*.py")} == {*STAGES, "deidentify"}
 
 
 def test_the_whole_path_by_spark_submit(spark_cluster, project):
@@ -52,8 +53,19 @@ def test_more_ranks_than_slots_is_said_before_training(spark_cluster, project):
         project / "project.yaml",
         "train.processes=2",
         "train.epochs=7",
+        "train.start_timeout=5",
         conf={"spark.cores.max": "1"},
         timeout=200,
     )
     assert ended.returncode != 0
     assert "Spark has 1 task slots" in ended.stdout
+
+
+def test_deidentify_by_spark_submit(spark_cluster, tmp_path):
+    dicoms.write(tmp_path / "archive", dicoms.series(dicoms.stack()))
+    (tmp_path / "key").write_text("k" * 32)
+    ended = spark_cluster.submit(
+        JOBS / "deidentify.py", tmp_path / "archive", tmp_path / "out", f"identity.key_file={tmp_path}/key", timeout=200
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "written 4" in ended.stdout and len(list((tmp_path / "out").rglob("*.dcm"))) == 4

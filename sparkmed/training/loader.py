@@ -21,6 +21,8 @@ from sparkmed.training.dataset import Block, PatchDataset, blocks_bytes
 READERS = 2
 """Threads that read row groups ahead, beside the one that makes batches."""
 
+ALLOCATED = 1.3
+"""Memory that Arrow's allocator takes for what comes and goes, over what is in use, at the least (1.3 to 2 were seen)."""
 
 SMALL = 32768
 """Bytes of a payload below which a second copy costs less than a step of a Python loop."""
@@ -223,7 +225,8 @@ class PatchLoader:
         blocks, kept = self.dataset.blocks, self._kept
         reading: dict[int, Future] = {}  # what is held, or being read
         ahead: deque[Step] = deque()
-        room = self._memory_bytes - READERS * max((b.bytes for b in blocks), default=0)  # a read takes its own size besides
+        largest = max((b.bytes for b in blocks), default=0)
+        room = self._memory_bytes / ALLOCATED - 2 * READERS * largest  # a read takes twice its own size while it lasts
         finished, upcoming = 0, next(steps, None)
         handful = max(1, HANDFUL * self.dataset.rows // (self.batch_size * max(1, blocks_bytes(blocks))))
         pool = ThreadPoolExecutor(READERS, "patch-reader")

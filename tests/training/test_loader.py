@@ -232,7 +232,7 @@ def test_a_rank_reads_its_share_of_the_row_groups(tmp_path, monkeypatch):
 def test_what_is_held_stays_within_the_memory(tmp_path, monkeypatch):
     url = datasets.write(tmp_path, {"train": [datasets.numbered(200)]}, row_group=5)
     size = PatchLoader(url).dataset.blocks[0].bytes
-    loader = PatchLoader(url, batch_size=2, shuffle=False, window_mb=2 * size / 2**20, memory_mb=6 * size / 2**20)
+    loader = PatchLoader(url, batch_size=2, shuffle=False, window_mb=2 * size / 2**20, memory_mb=10 * size / 2**20)
     alive, most = weakref.WeakSet(), 0
     original = loader.dataset.read
 
@@ -246,7 +246,7 @@ def test_what_is_held_stays_within_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(loader.dataset, "read", read)
     for _ in loader:
         time.sleep(0.001)
-    assert 3 <= most <= 7  # read ahead, and one that is just being let go
+    assert 3 <= most <= 10 / 1.3  # read ahead; what is over is for the reading itself and for the allocator
 
 
 WRONG = [
