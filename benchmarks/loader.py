@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+from measure import beside
 
 from sparkmed import PatchLoader
 
@@ -47,12 +48,6 @@ TARGETS = {
 """Of speed; None is reported only."""
 ROW_GROUP_BYTES = 8e6
 RESUME, FLAT = 1.2, 1.05
-
-
-def beside(value: float, target: float | None, at_most: bool = False) -> dict:
-    """The value with its target, and whether it is met."""
-    met = None if target is None else bool(value <= target if at_most else value >= target)
-    return {"value": round(value, 3), "target": target, "met": met}
 
 
 # datasets
