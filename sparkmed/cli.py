@@ -77,7 +77,7 @@ def _act(options) -> int:
         return 0
     config = configuration.load(options.config, options.overrides)
     if options.verb == "check":
-        problems = pipeline.check(config, data=True)
+        problems = pipeline.check(config, deep=True)
         print("\n".join(f"- {p}" for p in problems) or f"{options.config}: nothing known that would fail")
         return 2 if problems else 0
     if options.verb == "run":

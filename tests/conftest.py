@@ -1,8 +1,10 @@
 import os
 import pathlib
 
+import hypothesis
 import pytest
 
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))  # ci: the same examples each time
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 

@@ -215,15 +215,15 @@ def test_check_finds_what_the_stages_would_and_keeps_nothing(project, tmp_path):
     pairs = ct_pairs(tmp_path / "pairs", 12)
     (pairs / "lab" / "s03.nii.gz").unlink()
     lacking = settings.model_copy(update={"archive": str(pairs), "lake": str(tmp_path / "lake")})
-    (problem,) = pipeline.check(lacking, data=True)
+    (problem,) = pipeline.check(lacking, deep=True)
     assert "12 images but 11 labels: none for img/s03.nii.gz" in problem
     two = lacking.model_copy(update={"classes": ("background", "liver")})
     (pairs / "img" / "s03.nii.gz").unlink()
-    (problem,) = pipeline.check(two, data=True)
+    (problem,) = pipeline.check(two, deep=True)
     assert "11 labels do not fit classes" in problem
-    assert pipeline.check(lacking, data=True) == []
+    assert pipeline.check(lacking, deep=True) == []
     lone = lacking.model_copy(update={"volumes": lacking.volumes.model_copy(update={"images": "img/s01.nii.gz"})})
-    assert pipeline.check(lone, data=True) != []
+    assert pipeline.check(lone, deep=True) != []
     assert not storage.exists(storage.join(lacking.lake, "volumes"))
     wrong = lacking.model_copy(update={"train": settings.train.model_copy(update={"network": config.Component(name="UNett")})})
     (problem,) = pipeline.check(wrong)

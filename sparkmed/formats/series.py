@@ -187,7 +187,15 @@ def _assemble_series(instances: list[Instance], settings: Volumes) -> tuple[list
             volumes.append(_header(draft, {**draft.facts, "part": part or None}, settings))
         except Refused as e:
             rejections += _refuse(itertools.chain.from_iterable(draft.times), e)
-    return volumes, rejections
+    return volumes, _one_each(rejections)
+
+
+def _one_each(rejections: list[Rejection]) -> list[Rejection]:
+    """One rejection per source: frames of one object that are refused for several reasons have the first, and all messages."""
+    by_uri: dict[str, list[Rejection]] = defaultdict(list)
+    for r in rejections:
+        by_uri[r.uri].append(r)
+    return [dataclasses.replace(same[0], message="; ".join(r.message for r in same)) for same in by_uri.values()]
 
 
 @dataclass(frozen=True)
