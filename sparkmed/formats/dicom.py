@@ -21,7 +21,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID
 
 from sparkmed.formats import frames as frame_facts
-from sparkmed.formats import pet
+from sparkmed.formats import isolation, pet
 from sparkmed.formats.header import Header, code
 from sparkmed.formats.instance import check_size, to_json
 from sparkmed.rejection import Refused
@@ -144,7 +144,7 @@ def _quiet():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Refused:
+    except (Refused, isolation.Unavailable):
         raise
     except RecursionError:
         raise Refused("DEEP_NESTING", "sequences are nested too deep to be read") from None
