@@ -84,7 +84,8 @@ _HEADER_KEYWORDS = (
     "DiffusionBValue ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID PixelSpacing ImagerPixelSpacing "
     "NominalScannedPixelSpacing SpacingBetweenSlices SliceThickness "
     "NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation "
-    "RescaleSlope RescaleIntercept ModalityLUTSequence BurnedInAnnotation ComplexImageComponent DiffusionGradientOrientation "
+    "RescaleSlope RescaleIntercept RescaleType ModalityLUTSequence "
+    "BurnedInAnnotation ComplexImageComponent DiffusionGradientOrientation "
     "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSequence "
     "DetectorInformationSequence SliceVector TimeSlotVector EnergyWindowVector DetectorVector PhaseVector RotationVector "
     "AngularViewVector "
@@ -192,11 +193,16 @@ class _Sparing:
         return self.stream.read(size)
 
 
+_RESCALE_TYPES = frozenset({"HU", "HU_MOD", "OD", "US", "MGML", "Z_EFF", "ED", "EDW", "PCT"})
+"""Defined terms of PS3.3 C.11.1.1.2: others are free text."""
+
+
 def read_header(stream, size: int) -> dict:
     """The fields of an :class:`Instance` that a DICOM object determines; ``size`` is its length in bytes.
 
-    Raises :class:`Refused`: ``BROKEN_DICOM``, ``TRUNCATED``, ``NO_PIXEL_DATA``, ``BAD_VALUE``, ``BAD_GEOMETRY``,
-    ``BAD_SHAPE``, ``PIXEL_LENGTH``, ``DEEP_NESTING``, ``TOO_LARGE``, ``BOMB``.
+    An image whose pixels are cut off has the fact ``problem``. Raises :class:`Refused`: ``BROKEN_DICOM``, ``TRUNCATED`` (of
+    several frames), ``NO_PIXEL_DATA``, ``BAD_VALUE``, ``BAD_GEOMETRY``, ``BAD_SHAPE``, ``PIXEL_LENGTH``, ``DEEP_NESTING``,
+    ``TOO_LARGE``, ``BOMB``.
     """
     with _quiet():
         stream, deflated = _inflated(stream if isinstance(stream, io.BytesIO) else _Sparing(stream))
@@ -256,7 +262,13 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
     if pixels[1] == 0xFFFFFFFF and DECODERS.get(syntax) == "":
         raise Refused("PIXEL_LENGTH", "pixel data of undefined length in a transfer syntax without compression")
     photometric = h.text("PhotometricInterpretation")
-    _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
+    cut = None
+    try:
+        _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
+    except Refused as e:
+        if e.reason != "TRUNCATED" or frames > 1:
+            raise
+        cut = [e.reason, e.message]  # a slice that its series must be known to lack
     spacing = h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
     header = {
         "study": study,
@@ -287,7 +299,9 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         "float": pixels[0] != 0x7FE00010 or None,
         "slope": h.number("RescaleSlope"),
         "intercept": h.number("RescaleIntercept"),
+        "rescale_type": kind if (kind := h.text("RescaleType")) in _RESCALE_TYPES else None,
         "lut": "ModalityLUTSequence" in h or None,
+        "problem": cut,
         "burned_in": h.text("BurnedInAnnotation") == "YES" or None,
         "concatenation": [h.text("ConcatenationUID"), h.integer("InConcatenationTotalNumber", 0)]
         if "ConcatenationUID" in h
