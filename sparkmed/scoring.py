@@ -11,9 +11,8 @@ from sparkmed import dataset, formats, storage
 from sparkmed.config import Segment, digest
 from sparkmed.formats import dicom_seg, nifti
 from sparkmed.formats.instance import VolumeHeader
-from sparkmed.imaging import postprocess
 from sparkmed.imaging.volume import Volume
-from sparkmed.learning.model import Model
+from sparkmed.learning.model import ClassProbabilities, Model, Segmentation
 from sparkmed.rejection import Refused
 
 PASSING = frozenset({"UNREADABLE", "CHANGED"})
@@ -47,7 +46,24 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     """
     started = time.perf_counter()
     header = VolumeHeader.from_row(row)
-    image = formats.read_volume(header)
+    if model.spec.task == "segmentation":
+        image = [formats.read_volume(header)]  # held by the list alone: it is gone when its windows are computed
+        found: Segmentation | ClassProbabilities = model.segment(image, keep=keeps_probabilities(model, segs))
+    else:
+        found = model.predict(formats.read_volume(header))
+    return written(model, row, found, mask_url, segs) | {"seconds": time.perf_counter() - started}
+
+
+def keeps_probabilities(model: Model, segs: SegFolder | None) -> bool:
+    """Whether the probabilities of all voxels are an output."""
+    return segs is not None and model.spec.score.seg_type == "FRACTIONAL"
+
+
+def written(
+    model: Model, row: dict, found: Segmentation | ClassProbabilities, mask_url: str | None = None, segs: SegFolder | None = None
+) -> dict:
+    """Write what was found of a volume row; the columns of :func:`score` but for ``seconds``."""
+    header, classes = VolumeHeader.from_row(row), model.spec.classes
     out = {
         "volume": row["uid"],
         "subject": row["subject"],
@@ -55,38 +71,32 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
         "target": row["target"],
         "device": str(model.device),
     }
-    classes = model.spec.classes
-    if model.spec.task == "segmentation":
-        probabilities = model.probabilities(image)
-        labels = postprocess.as_labels(probabilities)
+    if isinstance(found, Segmentation):
+        labels = found.labels
         if mask_url:
             nifti.write(labels, mask_url)
         if segs:
             try:
-                out["seg"] = _write_seg(model, labels, probabilities, header, segs)
+                out["seg"] = _write_seg(model, labels, found.probabilities, header, segs)
             except Refused as e:
                 if e.reason in PASSING:
                     raise
                 out["seg_refused"] = e
-        counts = np.bincount(labels.array.ravel(), minlength=len(classes))
-        out["ml"] = (counts * image.voxel_ml).tolist()
-        sums = [float(probabilities.array[c][labels.array[0] == c].sum(dtype=np.float64)) for c in range(len(classes))]
-        out["probability"] = [s / n if n else None for s, n in zip(sums, counts.tolist(), strict=True)]
+        out["ml"] = [n * labels.voxel_ml for n in found.voxels]
+        out["probability"] = found.means
         if row["label"]:
             with contextlib.suppress(Refused):  # a broken label is no reason to lose the prediction
-                out["score"] = dice(labels.array[0], dataset.read_label(row, image).array[0], len(classes))
+                out["score"] = dice(labels.array[0], dataset.read_label(row, labels).array[0], len(classes))
     else:
-        vector = np.asarray(model.predict(image), np.float64)
+        vector = np.asarray(found, np.float64)
         out["probability"] = vector.tolist()
         out["predicted"] = classes[int(vector.argmax())]
         if row["target"] is not None:
             out["score"] = [float(vector.argmax() == row["target"])]
-    out["seconds"] = time.perf_counter() - started
-    out["scored_at"] = datetime.datetime.now(datetime.UTC)
-    return out
+    return out | {"scored_at": datetime.datetime.now(datetime.UTC)}
 
 
-def _write_seg(model: Model, labels: Volume, probabilities: Volume, header: VolumeHeader, segs: SegFolder) -> str:
+def _write_seg(model: Model, labels: Volume, probabilities: Volume | None, header: VolumeHeader, segs: SegFolder) -> str:
     """The name of the file, which is a hash; volume, model and settings make the name, the UIDs and the content."""
     settings = model.spec.score
     identity = key(header.uid, segs.model_digest, segs.settings)

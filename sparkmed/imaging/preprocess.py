@@ -4,6 +4,8 @@ Colours to gray, orientation, spacing or size, intensity, in this order. The lab
 colours and intensity, by nearest neighbour.
 """
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 from sparkmed.config import Preprocess
@@ -12,6 +14,7 @@ from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
 from sparkmed.rejection import InputError, Refused
 
+_PIECE = 8 << 20  # bytes of scores that are resampled at a time, or one plane
 _LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601
 
 
@@ -70,6 +73,36 @@ def to_input_grid(scores: Volume, reference: Placed) -> Volume:
     """
     back = resample.to_grid(scores, reference.affine, reference.spatial_shape, order=1, cval=None)
     return back.with_array(back.array.astype(np.float32, copy=False), np.asarray(reference.affine, np.float64))
+
+
+def planes_to_input_grid(
+    planes: Iterable[tuple[int, np.ndarray]], axis: int, grid: Placed, reference: Placed
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """:func:`to_input_grid` as planes of scores come: index into (C, I, J, K) on the input's grid, and the scores there.
+
+    ``planes`` are (first plane along ``axis``, (C, I', J', K')), in order; ``grid`` is the preprocessed one. Holds the planes at
+    hand, a few at a time are resampled.
+    """
+    way = resample.Planes.between(grid, reference)
+    lows, highs = way.ends(axis)
+    order = range(len(lows)) if highs[-1] >= highs[0] else range(len(lows) - 1, -1, -1)  # an axis may be reversed
+    lead, done, held, first = (slice(None),) * (1 + axis), 0, None, 0
+    for start, found in planes:
+        many = max(1, _PIECE * found.shape[1 + axis] // found.nbytes)
+        for at in range(0, found.shape[1 + axis], many):
+            piece = found[(*lead, slice(at, at + many))]
+            held = piece if held is None else np.concatenate([held, piece], 1 + axis)
+            there, begun = start + at + piece.shape[1 + axis], done
+            while done < len(order) and highs[order[done]] <= there:
+                done += 1
+            for n in range(begun, done, many):
+                some = order[n : min(n + many, done)]
+                new = slice(min(some), max(some) + 1)
+                index = (slice(None),) * (1 + way.axes[axis]) + (new,)
+                yield index, way.made(held, first, axis, new.start, new.stop)
+            needed = min(int(lows[order[done]]), there) if done < len(order) else there
+            held, first = held[(*lead, slice(needed - first, None))].copy(), needed
+        del found, piece  # or they were held while more planes are made
 
 
 def _gray(array: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import nn
 
 from sparkmed import storage
 from sparkmed.config import Component, Preprocess, Score, Section
-from sparkmed.imaging import patches, postprocess, preprocess
+from sparkmed.imaging import geometry, intensity, patches, postprocess, preprocess
+from sparkmed.imaging.geometry import Placed
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import inference, networks
 from sparkmed.rejection import InputError, Refused
@@ -61,6 +63,17 @@ class ClassProbabilities(dict[str, float]):
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.array(list(self.values()), dtype or np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """``labels`` (1, I, J, K) on the input's own grid, and per class the ``voxels`` and the mean of its probability there (None: no
+    voxel). ``probabilities`` (classes, I, J, K) where they were asked for."""
+
+    labels: Volume
+    voxels: list[int]
+    means: list[float | None]
+    probabilities: Volume | None = None
 
 
 class Model:
@@ -112,12 +125,59 @@ class Model:
         """
         if self.spec.task != "segmentation":
             raise ValueError(f"model {self.spec.name} is a {self.spec.task}; probabilities() is for segmentation, use predict()")
-        ready = self._preprocessed(volume)
+        return self.segment(volume, keep=True).probabilities
+
+    def segment(self, volume: Volume | list[Volume], keep: bool = False) -> Segmentation:
+        """The label map of a volume; ``keep`` holds its probabilities too.
+
+        Without them what is held beside the labels is the image on the preprocessed grid (with its stored type unless it is
+        resampled) and the sums of a block of windows: :meth:`inference.Windows.held`. A volume in a list is taken out of it, so
+        that it need not be held by who calls. Raises what :meth:`probabilities` does.
+        """
+        given = volume if isinstance(volume, list) else [volume]
+        del volume
+        image = blank(given[0])
+        ready = self.placed(given)
+        windows = self.windows(ready.spatial_shape)
+        scales = intensity.scales(ready.array, self.spec.preprocess.intensity)
+
+        def read(start: int, stop: int) -> np.ndarray:
+            return intensity.scaled(ready.array[windows.across(start, stop)], scales)
+
+        planes = inference.finished_planes(self.network, read, windows, self.device)
+        return self.labelled(planes, geometry.grid_of(ready), image, keep)
+
+    def placed(self, given: list[Volume]) -> Volume:
+        """The preprocessed image before its intensities are scaled; the one volume in ``given`` is taken out of it."""
+        ready = preprocess.place(given.pop(), self.spec.preprocess)
+        self._check_channels(ready)
+        return ready
+
+    def windows(self, shape: tuple[int, int, int]) -> inference.Windows:
+        """The windows over a preprocessed image of ``shape`` (I, J, K)."""
         score = self.spec.score
-        array = inference.scores(
-            self.network, ready.array, self.spec.window, score.overlap, score.blending, score.window_batch, self.device
-        )
-        return preprocess.to_input_grid(ready.with_array(array), volume)
+        return inference.Windows(shape, self.spec.window, score.overlap, score.blending, score.window_batch)
+
+    def labelled(self, planes: Iterable[tuple[int, np.ndarray]], grid: Placed, image: Volume, keep: bool = False) -> Segmentation:
+        """The label map from probabilities on the preprocessed ``grid`` as they come: see :func:`inference.averaged`.
+
+        ``image`` is what was preprocessed, or :func:`blank` of it.
+        """
+        shape, classes = image.spatial_shape, len(self.spec.classes)
+        labels = np.zeros((1, *shape), np.uint8 if classes <= 256 else np.uint16)
+        kept = np.empty((classes, *shape), np.float32) if keep else None
+        voxels, sums = np.zeros(classes, np.int64), np.zeros(classes)
+        axis = self.windows(grid.spatial_shape).axis
+        for index, scores in preprocess.planes_to_input_grid(planes, axis, grid, image):
+            found = postprocess.as_labels(image.with_array(scores)).array
+            labels[index] = found
+            voxels += np.bincount(found.ravel(), minlength=classes)
+            sums += [scores[c][found[0] == c].sum(dtype=np.float64) for c in range(classes)]
+            if kept is not None:
+                kept[index] = scores
+        means = [float(s / n) if n else None for s, n in zip(sums, voxels, strict=True)]
+        probabilities = None if kept is None else image.with_array(kept)
+        return Segmentation(image.with_array(labels), voxels.tolist(), means, probabilities)
 
     def predict(self, volume: Volume) -> Volume | ClassProbabilities:
         """A label volume (1, I, J, K) uint8 on the input's own grid, or the probability of each class.
@@ -126,8 +186,9 @@ class Model:
         :class:`Refused` with CHANNELS for another number of channels than the model was trained with.
         """
         if self.spec.task == "segmentation":
-            return postprocess.as_labels(self.probabilities(volume))
-        ready = self._preprocessed(volume)
+            return self.segment(volume).labels
+        ready = preprocess.apply(volume, self.spec.preprocess)
+        self._check_channels(ready)
         windows = patches.grid(ready.spatial_shape, self.spec.window, overlap=0.0)
         batch = np.stack([patches.extract(ready.array, w) for w in windows])
         mean = inference.class_scores(self.network, batch, self.spec.score.window_batch, self.device).mean(0, dtype=np.float64)
@@ -147,11 +208,9 @@ class Model:
             ]
         )
 
-    def _preprocessed(self, volume: Volume) -> Volume:
-        ready = preprocess.apply(volume, self.spec.preprocess)
+    def _check_channels(self, ready: Volume):
         if ready.array.shape[0] != self.spec.in_channels:
             raise Refused("CHANNELS", f"image has {ready.array.shape[0]} channels, the model takes {self.spec.in_channels}")
-        return ready
 
 
 class _PyFunc:
@@ -183,6 +242,11 @@ class _PyFunc:
         if isinstance(prediction, dict):
             return {"uri": uri, "label": prediction.label, **{f"probability_{c}": p for c, p in prediction.items()}}
         return {"uri": uri, **{f"ml_{c}": v for c, v in volumes_ml(prediction, self.model.spec.classes).items()}}
+
+
+def blank(image: Volume) -> Volume:
+    """The image without its voxels: one 0 everywhere, which takes no memory."""
+    return image.with_array(np.broadcast_to(np.uint8(0), (1, *image.spatial_shape)))
 
 
 def volumes_ml(labels: Volume, classes: Iterable[str]) -> dict[str, float]:

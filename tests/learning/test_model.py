@@ -7,9 +7,10 @@ import torch
 from formats import dicoms
 
 from sparkmed.config import Component, Intensity, Preprocess, Score
+from sparkmed.imaging import postprocess, preprocess
 from sparkmed.imaging.volume import Volume
+from sparkmed.learning import inference, networks
 from sparkmed.learning import model as models
-from sparkmed.learning import networks
 from sparkmed.learning.model import ClassProbabilities, Model, ModelSpec
 from sparkmed.rejection import InputError, Refused
 
@@ -56,6 +57,29 @@ def test_probabilities_add_up_and_agree_with_the_labels():
     assert scores.array.shape == (3, 20, 18, 7) and np.allclose(scores.array.sum(0), 1, atol=1e-4)
     assert np.array_equal(scores.array.argmax(0), model.predict(volume()).array[0])
     assert np.array_equal(model.predict(volume()).array, model.predict(volume()).array)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "SPL", None])
+@pytest.mark.parametrize("spacing", [None, (0.6, 1.7, 1.1)])
+def test_planes_as_they_come_are_those_of_the_whole(orientation, spacing):
+    model = segmenter(preprocess=Preprocess(orientation=orientation, spacing=spacing))
+    image = volume((1, 40, 18, 33))
+    ready = preprocess.apply(image, model.spec.preprocess)
+    scores = inference.scores(model.network, ready.array, model.spec.window, 0.25)
+    whole = preprocess.to_input_grid(ready.with_array(scores), image)
+    found = model.segment(image, keep=True)
+    assert np.array_equal(found.probabilities.array, whole.array)
+    labels = postprocess.as_labels(whole).array
+    assert np.array_equal(found.labels.array, labels) and len(np.unique(labels)) > 1
+    assert found.voxels == [int((labels == c).sum()) for c in range(3)]
+    for c, mean in enumerate(found.means):
+        assert mean == (pytest.approx(whole.array[c][labels[0] == c].mean(dtype=np.float64)) if found.voxels[c] else None)
+
+
+def test_a_volume_in_a_list_is_taken_out_of_it():
+    given = [volume()]
+    assert np.array_equal(segmenter().segment(given).labels.array, segmenter().predict(volume()).array)
+    assert given == []
 
 
 def test_saved_and_loaded_it_predicts_the_same(tmp_path):
