@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import sparkmed
 from sparkmed import storage
+from sparkmed.cache import FileCache
 from sparkmed.config import PLACE_KEYS, Config, Train, digest
 from sparkmed.learning import losses, metrics, networks
 from sparkmed.learning.augment import augment
@@ -22,7 +23,6 @@ from sparkmed.learning.augment import check as check_augment
 from sparkmed.learning.model import DatasetReference, Model, ModelSpec
 from sparkmed.rejection import InputError
 from sparkmed.training import checkpoint
-from sparkmed.training.cache import FileCache
 from sparkmed.training.comm import Comm, LocalComm
 from sparkmed.training.dataset import PatchDataset
 from sparkmed.training.loader import PatchLoader
