@@ -57,7 +57,7 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
     state, identity = State.start(config, feed.dataset, device, comm), run_identity(config, feed.dataset)
     _check_smallest(config, feed, state.network, comm)
     state.restore(comm.broadcast(_saved(folder_url, identity) if comm.rank == 0 else None), feed, comm)
-    network, loss_of = state.network, losses.build(train.loss, config.task)
+    network, loss_of = state.network, losses.build(train.loss, config.task, config.imports)
     forward = torch.compile(network) if train.compile else network
     parameters = [p for p in network.parameters() if p.requires_grad]
     precision = _autocast_type(train.precision, device)
@@ -111,7 +111,7 @@ def validate(config: Config, network: nn.Module, loss_of: losses.Loss, held_out:
     """Loss and metric of ``network`` over all patches of ``held_out``, merged over ranks: the same numbers on each."""
     network.eval()
     device = next(network.parameters()).device
-    metric = metrics.build(config.train.metric, config.task, len(config.classes))
+    metric = metrics.build(config.train.metric, config.task, len(config.classes), config.imports)
     loss_sum, samples = 0.0, 0
     with torch.inference_mode():
         for batch in held_out:
@@ -123,7 +123,7 @@ def validate(config: Config, network: nn.Module, loss_of: losses.Loss, held_out:
             loss_sum += loss_of(output, truth).sum().item()
             samples += len(truth)
             metric.update(output, truth, batch["volume"], batch["weight"])
-    merged = metrics.build(config.train.metric, config.task, len(config.classes))
+    merged = metrics.build(config.train.metric, config.task, len(config.classes), config.imports)
     parts = comm.gather((loss_sum, samples, metric.state()))
     for _, _, part in parts:
         merged.merge(part)
