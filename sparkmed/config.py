@@ -196,6 +196,11 @@ class Preprocess(Section):
     cascade: Cascade | None = None
     """A first model, whose output is added to the channels; None: the image alone."""
 
+    @property
+    def guided(self) -> int:
+        """How many channels come from a first model; they follow those of the image."""
+        return 0 if self.cascade is None else len(self.cascade.classes)
+
     @model_validator(mode="after")
     def _one_grid(self):
         if self.orientation and len({_AXIS[c] for c in self.orientation}) < 3:
@@ -445,7 +450,7 @@ class Score(Section):
         return {c: clean for c, clean in sorted((self.postprocess or {}).items()) if digest(clean) != digest(Cleaning())}
 
     def over(self, own: "Score") -> "Score":
-        """These settings, and where they say nothing those of ``own``, which a model was validated with."""
+        """These settings, and where they say nothing those of ``own``, with which a model was validated."""
         unsaid = {k: getattr(own, k) for k in ("mirrors", "postprocess") if getattr(self, k) is None}
         return self.model_copy(update=unsaid)
 
@@ -501,8 +506,8 @@ class Config(Section):
     spark: Spark = Spark()
     imports: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")], ...] = ()
     """Packages and modules beside MONAI's and torch's own from which networks, losses, metrics and optimizers may come, by their
-    dotted names: with ``[mylab.nets]`` the name ``mylab.nets.small.Tiny`` is taken. Their code runs with your rights. A model's spec
-    cannot add to it."""
+    dotted names: with ``[mylab.nets]`` the name ``mylab.nets.small.Tiny`` is taken. Their code runs with your rights. What a model
+    says cannot add to it."""
 
     @model_validator(mode="before")
     @classmethod

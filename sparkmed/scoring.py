@@ -11,7 +11,6 @@ from sparkmed import dataset, formats, storage
 from sparkmed.config import Segment, digest
 from sparkmed.formats import dicom_seg, nifti
 from sparkmed.formats.instance import VolumeHeader
-from sparkmed.imaging import postprocess
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning.model import Model
 from sparkmed.rejection import Refused
@@ -40,8 +39,8 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     """The prediction of one volume row as columns of ``predictions/``; writes the label map to ``mask_url`` and as DICOM SEG into
     ``segs`` (segmentation), as the model's score settings say.
 
-    ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
-    that class was predicted (null where it was not). ``score`` is against the row's label: Dice per class, or 1 and 0 for right
+    ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels that are
+    that class in the end (null where none is). ``score`` is against the row's label: Dice per class, or 1 and 0 for right
     and wrong. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without. Raises
     :class:`Refused` on pixels that cannot be read or do not fit the network.
     """
@@ -58,7 +57,7 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     classes = model.spec.classes
     if model.spec.task == "segmentation":
         probabilities = model.probabilities(image)
-        labels = postprocess.as_labels(probabilities)
+        labels = model.labels(probabilities)
         if mask_url:
             nifti.write(labels, mask_url)
         if segs:

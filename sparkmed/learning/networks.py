@@ -37,9 +37,7 @@ def spatial_dims(size: tuple[int, int, int]) -> int:
     return 2 if size[2] == 1 else 3
 
 
-def build(
-    component: Component, in_channels: int, out_channels: int, spatial_dims: int, imports: Iterable[str] = ()
-) -> nn.Module:
+def build(component: Component, in_channels: int, out_channels: int, spatial_dims: int, imports: Iterable[str] = ()) -> nn.Module:
     """A network of ``monai.networks.nets``, or of ``imports``, that takes (B, ``in_channels``, I, J, K).
 
     Returns (B, ``out_channels``, I, J, K) class scores before softmax from a segmentation network, (B, ``out_channels``) from
