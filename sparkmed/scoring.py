@@ -40,8 +40,8 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     ``segs`` (segmentation), as the model's score settings say.
 
     ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
-    that class was predicted (null where it was not). ``score`` is against the row's label: Dice per class, or 1 and 0 for right
-    and wrong. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without. Raises
+    that class was predicted and stayed (null where there are none). ``score`` is against the row's label: Dice per class, or 1 and
+    0 for right and wrong. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without. Raises
     :class:`Refused` on pixels that cannot be read or do not fit the network.
     """
     started = time.perf_counter()

@@ -7,19 +7,22 @@ block and not the image's probabilities, blocks may be computed anywhere in any 
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
 from monai.data.utils import compute_importance_map
-from torch import nn
+from torch import Tensor, nn
 
 from sparkmed.imaging import patches
 from sparkmed.imaging.patches import PatchLocation
 from sparkmed.learning.networks import primary
 
 Index = tuple[int, int, int]
+Predictor = Callable[[Tensor], Tensor]
+"""Probabilities (B, classes, I, J, K) float32, new each time, of windows (B, C, I, J, K)."""
 
 
 @dataclass(frozen=True)
@@ -123,19 +126,18 @@ def _importance(size: Index, blending: str) -> torch.Tensor:
 
 @torch.inference_mode()
 def block_sums(
-    network: nn.Module, slab: np.ndarray, windows: Windows, block: int, device: str | torch.device = "cpu"
+    predict: Predictor, slab: np.ndarray, windows: Windows, block: int, device: str | torch.device = "cpu"
 ) -> np.ndarray:
-    """(classes, I, J, K) float32 weighted sums of softmax scores over the planes of one block.
+    """(classes, I, J, K) float32 weighted sums of probabilities over the planes of one block.
 
     ``slab`` (C, I, J, K) float32 is the preprocessed image there.
     """
-    network.eval()
     importance = _importance(windows.size, windows.blending).to(device)
     locations, extent, total = windows.locations(block), windows.extent(block), None
     for n in range(0, len(locations), windows.batch):
         some = locations[n : n + windows.batch]
         batch = torch.from_numpy(np.stack([patches.extract(slab, w) for w in some])).to(device)
-        found = primary(network(batch)).float().softmax(1)
+        found = predict(batch)
         found *= importance
         if total is None:
             total = torch.zeros((found.shape[1], *extent), device=device)
@@ -171,11 +173,11 @@ def averaged(sums: Iterable[np.ndarray], windows: Windows) -> Iterator[tuple[int
 
 
 def finished_planes(
-    network: nn.Module, read: Callable[[int, int], np.ndarray], windows: Windows, device: str | torch.device = "cpu"
+    predict: Predictor, read: Callable[[int, int], np.ndarray], windows: Windows, device: str | torch.device = "cpu"
 ) -> Iterator[tuple[int, np.ndarray]]:
     """What :func:`averaged` gives of an image; ``read(start, stop)`` is (C, I, J, K) float32 of its planes."""
     blocks = range(len(windows.blocks))
-    return averaged((block_sums(network, read(*windows.planes(b)), windows, b, device) for b in blocks), windows)
+    return averaged((block_sums(predict, read(*windows.planes(b)), windows, b, device) for b in blocks), windows)
 
 
 def scores(
@@ -186,19 +188,21 @@ def scores(
     blending: str = "gaussian",
     window_batch: int = 4,
     device: str | torch.device = "cpu",
+    mirrors: Sequence[int] = (),
 ) -> np.ndarray:
     """Softmax probabilities (classes, I, J, K) float32 of a preprocessed image (C, I, J, K) by a segmentation network.
 
     Windows of ``window`` voxels repeat ``overlap`` of each other and are averaged with Gaussian or constant weights; an image
     smaller than the window is padded with 0 on both sides and cropped back. Windows go to ``device``, the whole image stays
-    in main memory.
+    in main memory. With ``mirrors`` each window is seen as :func:`predictor` says.
     """
+    network.eval()
     windows, out = Windows(array.shape[1:], window, overlap, blending, window_batch), None
 
     def read(start, stop):
         return np.ascontiguousarray(array[windows.across(start, stop)], np.float32)
 
-    for first, planes in finished_planes(network, read, windows, device):
+    for first, planes in finished_planes(predictor(network, mirrors), read, windows, device):
         if out is None:
             out = np.empty((len(planes), *array.shape[1:]), np.float32)
         out[windows.across(first, first + planes.shape[1 + windows.axis])] = planes
@@ -207,8 +211,36 @@ def scores(
 
 
 @torch.inference_mode()
-def class_scores(network: nn.Module, arrays: np.ndarray, batch: int = 16, device: str | torch.device = "cpu") -> np.ndarray:
+def class_scores(
+    network: nn.Module,
+    arrays: np.ndarray,
+    batch: int = 16,
+    device: str | torch.device = "cpu",
+    mirrors: Sequence[int] = (),
+) -> np.ndarray:
     """Softmax probabilities (B, classes) float32 of preprocessed images (B, C, I, J, K) by a classifier."""
     network.eval()
-    images = torch.from_numpy(np.ascontiguousarray(arrays, np.float32))
-    return torch.cat([primary(network(x.to(device))).float().softmax(1).cpu() for x in images.split(batch)]).numpy()
+    images, predict = torch.from_numpy(np.ascontiguousarray(arrays, np.float32)), predictor(network, mirrors)
+    return torch.cat([predict(x.to(device)).cpu() for x in images.split(batch)]).numpy()
+
+
+def predictor(network: nn.Module, mirrors: Sequence[int] = ()) -> Predictor:
+    """Softmax probabilities float32 of windows (B, C, I, J, K): the mean over the windows as they are and mirrored along every
+    combination of the axes ``mirrors`` (0, 1, 2 for I, J, K), maps mirrored back.
+
+    nnU-Net mirrors window by window too, and takes the mean before softmax. An axis of one voxel has no mirror image.
+    """
+
+    def probabilities(windows: Tensor) -> Tensor:
+        return primary(network(windows)).float().softmax(1)
+
+    def mean(windows: Tensor) -> Tensor:
+        axes = [2 + a for a in sorted(set(mirrors)) if windows.shape[2 + a] > 1]
+        total = probabilities(windows)
+        for n in range(1, len(axes) + 1):
+            for flipped in combinations(axes, n):
+                seen = probabilities(windows.flip(flipped))
+                total += seen.flip(flipped) if seen.ndim > 2 else seen
+        return total / 2 ** len(axes)
+
+    return mean

@@ -75,7 +75,9 @@ def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:
     known = {r["key"]: r for r in table.rows() if r["key"] in keys}
     todo = [r for k, r in keys.items() if k not in known]
     if todo:
-        scored, rejections = spark_score.predict(common.spark_of(config), todo, model_url, config.train.device)
+        scored, rejections = spark_score.predict(
+            common.spark_of(config), todo, model_url, config.train.device, imports=config.imports
+        )
         if rejections:
             e = rejections[0]
             log.warning("%d files of the test split cannot be read, such as %s: %s", len(rejections), e.reason, e.message)

@@ -28,18 +28,19 @@ def predict(
     masks: dict[str, str] | None = None,
     settings: Score | None = None,
     segs: scoring.SegFolder | None = None,
+    imports: Sequence[str] = (),
 ) -> tuple[list[dict], list[Rejection]]:
     """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map.
 
     ``settings`` replace those that the model was trained with; ``segs`` is where DICOM SEG go. A volume whose SEG cannot be
-    written has a prediction all the same, and a refusal that says why.
+    written has a prediction all the same, and a refusal that says why. ``imports`` are those of the config.
     """
     if not rows:
         return [], []
     tasks = packed(list(rows), [math.prod(r["shape"]) for r in rows], 3 * spark.sparkContext.defaultParallelism)
 
     def run(volumes):
-        model = _model(model_url, device, settings)
+        model = _model(model_url, device, settings, imports)
         with decoding():
             for row in volumes:
                 try:
@@ -55,15 +56,15 @@ def predict(
     outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).flatMap(run).collect()
     without = [refused[0] for p, refused in outcomes if p and refused]
     if without:
-        message = "%d predictions have no DICOM SEG, such as that of %s: %s (%s)"
-        log.warning(message, len(without), without[0].uri, without[0].message, without[0].reason)
+        message = "%d predictions have no DICOM SEG; the first because: %s (%s). Which they are is in the quarantine table"
+        log.warning(message, len(without), without[0].message, without[0].reason)
     return [p for p, _ in outcomes if p], [r for _, refused in outcomes if refused for r in refused]
 
 
-def _model(url: str, device: str, settings: Score | None) -> Model:
+def _model(url: str, device: str, settings: Score | None, imports: Sequence[str]) -> Model:
     """The model at ``url``, loaded once per worker process."""
     if url not in _loaded:
         _loaded.clear()
-        _loaded[url] = Model.load(url, device)
+        _loaded[url] = Model.load(url, device, imports)
     model = _loaded[url]
-    return model if settings is None else Model(model.spec.model_copy(update={"score": settings}), model.network, model.device)
+    return model if settings is None else model.with_settings(settings)
