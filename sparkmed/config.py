@@ -415,6 +415,10 @@ class Score(Section):
     ensemble: tuple[Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)], ...] = ()
     """Models whose mean of probabilities is scored, instead of the champion's: versions or aliases of the project's model, or
     ``models:/name/version``, ``models:/name@alias``, folders or URLs. Each preprocesses for itself; their classes must be equal."""
+    split_mb: Annotated[float, Field(gt=0)] | None = None
+    """A segmentation of more MB than that (as float32, stored or preprocessed, whichever is more) is scored in parts by several
+    tasks, which hold some of its planes each, with the same result; between them files of the size of the image and, about twice,
+    of its probabilities lie below the lake. None: none is. Ensembles and cascades are not cut."""
     commit_every: Positive = 256
     """Volumes per commit to the predictions table."""
     max_refused: Share = 0.1
@@ -442,7 +446,7 @@ class Score(Section):
     @property
     def numbers(self) -> "Score":
         """The same without where and how outputs are written, and without other models: what belongs to a model."""
-        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments", "ensemble"}))
+        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments", "ensemble", "split_mb"}))
 
     @property
     def cleaning(self) -> dict[str, Cleaning]:

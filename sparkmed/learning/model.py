@@ -20,7 +20,7 @@ from sparkmed import storage
 from sparkmed.cache import FileCache, version
 from sparkmed.config import Component, Preprocess, Score, Section
 from sparkmed.imaging import geometry, intensity, patches, postprocess, preprocess
-from sparkmed.imaging.geometry import Grid
+from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import inference, networks
 from sparkmed.rejection import InputError, Refused
@@ -391,6 +391,14 @@ def read_spec(folder: str, digest: str = "") -> ModelSpec | EnsembleSpec:
     return _read_spec(folder, digest)[0]
 
 
+def specs(folder: str) -> list[ModelSpec]:
+    """Of all networks that a model folder or URL scores with: its own and a first one's, or those of an ensemble."""
+    spec = read_spec(folder)
+    if isinstance(spec, EnsembleSpec):
+        return [s for m in spec.members for s in specs(_member(folder, m.digest))]
+    return [spec] if spec.preprocess.cascade is None else [spec, *specs(storage.join(folder, FIRST))]
+
+
 def model_digest(folder: str) -> str:
     """SHA-256 of the spec in a model folder or URL: see the head of this module."""
     return hashlib.sha256(storage.read_bytes(storage.join(folder, SPEC))).hexdigest()
@@ -549,9 +557,10 @@ class _PyFunc:
         return {"uri": uri, **{f"ml_{c}": v for c, v in volumes_ml(prediction, self.model.spec.classes).items()}}
 
 
-def blank(image: Volume) -> Volume:
-    """The image without its voxels: one 0 everywhere, which takes no memory."""
-    return image.with_array(np.broadcast_to(np.uint8(0), (1, *image.spatial_shape)))
+def blank(image: Placed, **facts) -> Volume:
+    """A volume on the grid of ``image`` without its voxels: one 0 everywhere, which takes no memory. ``facts`` are other fields."""
+    nothing = np.broadcast_to(np.uint8(0), (1, *image.spatial_shape))
+    return image.with_array(nothing) if isinstance(image, Volume) else Volume(nothing, image.affine, **facts)
 
 
 def volumes_ml(labels: Volume, classes: Iterable[str]) -> dict[str, float]:

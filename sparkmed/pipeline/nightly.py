@@ -34,8 +34,9 @@ def score(config: Config) -> dict:
         paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
         masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
         rows, rejections = spark_score.predict(
-            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs, config.imports
-        )
+            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs, config.imports,
+            storage.join(config.lake, "scratch"), config.score.split_mb,
+        )  # fmt: skip
         lineage = common.lineage(config, config.score) | {
             "model_name": registry.model,
             "model_version": version,
