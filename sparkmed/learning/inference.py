@@ -91,11 +91,6 @@ class Windows:
         """Index of planes ``start`` to ``stop`` in (C, I, J, K)."""
         return (slice(None),) * (1 + self.axis) + (slice(start, stop),)
 
-    def held(self, classes: int) -> int:
-        """Bytes of sums and weights while a block is added to what others left."""
-        longest = max(math.prod(self.extent(b)) for b in range(len(self.blocks)))
-        return math.ceil(4 * longest * (1 + classes) * (1 + self.overlap))
-
     def weights(self, block: int) -> np.ndarray:
         """(I, J, K) float32: sums of the weights of a block's windows over its planes."""
         first, _ = self.planes(block)

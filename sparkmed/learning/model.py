@@ -203,9 +203,10 @@ class Model:
         """The label map of a volume, cleaned as the settings say; ``keep`` holds its probabilities too.
 
         Without them what is held beside the labels is the image on the preprocessed grid (with its stored type unless it is
-        resampled), the sums of a block of windows (:meth:`inference.Windows.held`), and one probability per voxel where components
-        are cleaned. A volume in a list is taken out of it, so that who calls need not hold it. Raises what :meth:`probabilities`
-        does.
+        resampled), the sums of a block of windows and what the block before left to it (float32, per class, as many planes as a
+        window and the overlap have along the image's longest axis), and one probability per voxel where components are cleaned.
+        An ensemble holds all probabilities. A volume in a list is taken out of it, so that who calls need not hold it. Raises what
+        :meth:`probabilities` does.
         """
         image, pieces = self.pieces(volume if isinstance(volume, list) else [volume])
         return self.labelled(pieces, image, keep)
