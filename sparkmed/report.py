@@ -80,7 +80,7 @@ def examples(config: Config, model_url: str, rows: Sequence[dict]) -> dict[str, 
         try:
             image = formats.read_volume(VolumeHeader.from_row(row))
             truth = dataset.read_label(row, image) if row["label"] else None
-            model = model or Model.load(model_url, "cpu")
+            model = model or Model.load(model_url, "cpu", config.imports)
             pictures_of[name] = pictures.overlay(image, model.predict(image), truth, config.classes, _limits(config))
         except Refused:
             continue  # the stage that reads every volume says why
@@ -274,7 +274,9 @@ def _examples_section(config: Config, facts: dict, rows: list[dict], evaluated: 
     for name, row in _chosen([by_uid[u] for u in known], known):
         try:
             image = formats.read_volume(VolumeHeader.from_row(row))
-            predicted = _mask(config, masks.get(row["uid"]), image) or Model.load(facts["url"], "cpu").predict(image)
+            predicted = _mask(config, masks.get(row["uid"]), image) or Model.load(facts["url"], "cpu", config.imports).predict(
+                image
+            )
             png = pictures.overlay(image, predicted, dataset.read_label(row, image), config.classes, _limits(config))
         except Refused as e:
             shown.append({"name": name, "subject": row["subject"], "refused": e.reason})
@@ -447,7 +449,7 @@ def _gallery(config: Config, model_url: str, rows: Sequence[dict], evaluated: li
         try:
             image = formats.read_volume(VolumeHeader.from_row(row))
             if row["uid"] not in known:
-                model = model or Model.load(model_url, "cpu")
+                model = model or Model.load(model_url, "cpu", config.imports)
                 known[row["uid"]] = list(model.predict(image).values())
         except Refused:
             continue

@@ -22,7 +22,7 @@ LAYERS = [
     {"rejection"},
     {"config", "reasons"},
     {"storage"},
-    {"imaging", "identity", "tables"},
+    {"cache", "identity", "imaging", "tables"},
     {"formats", "pictures"},
     {"cohort", "dataset"},
     {"learning"},

@@ -1,4 +1,8 @@
 import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pydicom
@@ -113,6 +117,21 @@ def test_scored_again_it_is_the_same_object_and_under_other_settings_another(tmp
     assert names[0] == names[1] and len(set(names)) == 3
     first, again = ((tmp_path / f / names[0]).read_bytes() for f in "ab")
     assert first == again
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("dtype", "spec", "most"),
+    [("float32", {"spacing": [1, 1, 2.5]}, 3.0), ("int16", {"intensity": {"kind": "percentile"}}, 2.5)],
+)
+def test_memory_of_a_worker_beside_the_model(tmp_path, dtype, spec, most):
+    """In volumes as float32; the whole probabilities of three classes and their copies would be 10."""
+    program = pathlib.Path(__file__).parent / "memory.py"
+    arguments = ["[256, 256, 320]", dtype, json.dumps(spec), "3", str(tmp_path)]
+    ended = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout)
+    assert found["growth"] / found["volume"] <= most
 
 
 def test_both_masks_hold_the_same(tmp_path):

@@ -5,7 +5,7 @@ that travel between processes, and merging the states of any division of the dat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import monai.metrics
@@ -31,7 +31,7 @@ class Metric(Protocol):
     def compute(self) -> float: ...
 
 
-def build(component: Component | None, task: str, classes: int) -> Metric:
+def build(component: Component | None, task: str, classes: int, imports: Iterable[str] = ()) -> Metric:
     """A new, empty metric: one of ``monai.metrics``, or :class:`VolumeDice` (segmentation), ROCAUCMetric (classification).
 
     Raises :class:`InputError` for a name or an argument that is not MONAI's.
@@ -40,7 +40,7 @@ def build(component: Component | None, task: str, classes: int) -> Metric:
         if task == "segmentation":
             return VolumeDice(classes)
         component = Component(name="ROCAUCMetric")
-    factory = components.find(component, [monai.metrics], "metric")
+    factory = components.find(component, [monai.metrics], "metric", imports)
     if not (isinstance(factory, type) and issubclass(factory, monai.metrics.Cumulative)):
         raise InputError(f"metric {component.name} cannot be merged over processes; wanted a subclass of monai.metrics.Cumulative")
     metric = components.create(factory, component, "metric", {"include_background": task == "classification"})

@@ -31,6 +31,7 @@ def make_report(config: Config) -> dict:
     registry = tracking.of(config)
     registry.check()
     common.require_same_classes(config, registry, registry.latest(), registry.champion())
+    config = common.pinned(config)
     url = report.write(config, registry)
     return {"report": url}
 
@@ -75,7 +76,7 @@ def check(config: Config, deep: bool = False) -> list[str]:
             problems.append(str(e))
 
     tracked = [lambda c: tracking.of(c).check(), launch.check]
-    for step in (data.archive_is_there, data.patterns, seg_folder, common.key_of, *tracked, common.slots):
+    for step in (data.archive_is_there, data.patterns, seg_folder, common.key_of, *tracked, common.pinned, common.slots):
         attempt(lambda step=step: step(config))
     if deep and not problems:
         attempt(lambda: data.rehearse(config))

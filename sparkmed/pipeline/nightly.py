@@ -3,7 +3,7 @@
 import logging
 
 from sparkmed import scoring, storage, tables, tracking
-from sparkmed.config import Config, digest
+from sparkmed.config import Config
 from sparkmed.pipeline import common
 from sparkmed.rejection import InputError
 from sparkmed.spark import catalog as spark_catalog
@@ -13,16 +13,11 @@ log = logging.getLogger("sparkmed")
 
 
 def score(config: Config) -> dict:
-    """Predict with the champion every volume that it has not scored under these settings."""
+    """Predict with the champion, or the ensemble, every volume that it has not scored under these settings."""
     registry = tracking.of(config)
     registry.check()
-    version = registry.champion()
-    if version is None:
-        raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
-    common.require_same_classes(config, registry, version)
-    model_url = registry.fetch(version, config.lake)
-    model_digest = common.model_digest(model_url)
-    settings = digest(config.score.overlap, config.score.blending, *config.score.outputs)[:16]
+    model_url, version = common.scored(config, registry)
+    model_digest, settings = common.model_digest(model_url), common.settings_digest(config, model_url)
     with_masks = config.task == "segmentation" and config.score.masks != "seg"
     segs = seg_folder(config) and scoring.SegFolder(seg_folder(config), registry.model, version, model_digest, settings)
     ledger = tables.predictions(config.lake)
@@ -31,7 +26,7 @@ def score(config: Config) -> dict:
     parked = set() if config.score.retry_refused else set(quarantine.read(["key"])["key"].to_pylist())
     scored = set(ledger.read(["key"])["key"].to_pylist())
     todo = [k for k in sorted(keys) if k not in scored and k not in parked]
-    log.info("champion is version %s of %s; %d of %d volumes to score", version, registry.model, len(todo), len(keys))
+    log.info("version %s of %s; %d of %d volumes to score", version, registry.model, len(todo), len(keys))
     done = refused = 0
     spark = common.spark_of(config) if todo else None
     for start in range(0, len(todo), config.score.commit_every):
@@ -39,8 +34,9 @@ def score(config: Config) -> dict:
         paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
         masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
         rows, rejections = spark_score.predict(
-            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs
-        )
+            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs, config.imports,
+            storage.join(config.lake, "scratch"), config.score.split_mb,
+        )  # fmt: skip
         lineage = common.lineage(config, config.score) | {
             "model_name": registry.model,
             "model_version": version,

@@ -5,7 +5,7 @@ import json
 import logging
 import statistics
 
-from sparkmed import scoring, tables, tracking
+from sparkmed import scoring, storage, tables, tracking
 from sparkmed.config import Config, digest
 from sparkmed.learning import metrics
 from sparkmed.pipeline import common
@@ -75,7 +75,10 @@ def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:
     known = {r["key"]: r for r in table.rows() if r["key"] in keys}
     todo = [r for k, r in keys.items() if k not in known]
     if todo:
-        scored, rejections = spark_score.predict(common.spark_of(config), todo, model_url, config.train.device)
+        scored, rejections = spark_score.predict(
+            common.spark_of(config), todo, model_url, config.train.device, imports=config.imports,
+            scratch=storage.join(config.lake, "scratch"), split_mb=config.score.split_mb,
+        )  # fmt: skip
         if rejections:
             e = rejections[0]
             log.warning("%d files of the test split cannot be read, such as %s: %s", len(rejections), e.reason, e.message)
