@@ -31,7 +31,7 @@ from sparkmed.rejection import InputError  # noqa: E402
 CHAMPION = "champion"
 _LOADER = "sparkmed.learning.model"
 _DIGEST = "sparkmed.model_digest"
-_ALIAS = re.compile(r"models:/([^/@]+)(?:@(.+)|/latest)")
+_REGISTERED = re.compile(r"models:/([^/@]+)(?:@(.+)|/(\d+|latest))")
 
 
 @dataclass(frozen=True)
@@ -216,21 +216,28 @@ def load_model(uri: str, tracking_uri: str | None = None, device: str = "auto", 
 
 @contextlib.contextmanager
 def located(uri: str, tracking_uri: str | None = None) -> Iterator[tuple[str, str]]:
-    """What the model at ``uri`` is called for good, an alias being the version that it names now, and a folder or URL with it."""
+    """What the model at ``uri`` is called for good, an alias being the version that it names now, and a folder or URL with it.
+
+    Raises :class:`InputError` when there is none, or a version that is not what was registered.
+    """
     if not uri.startswith(("models:", "runs:", "mlflow-artifacts:")):
         yield storage.absolute(uri), uri
         return
-    if match := _ALIAS.fullmatch(uri):
-        registry = Registry(tracking_uri or mlflow.get_tracking_uri(), "", match[1])
+    digest = ""
+    if match := _REGISTERED.fullmatch(uri):
+        registry, alias, version = Registry(tracking_uri or mlflow.get_tracking_uri(), "", match[1]), match[2], match[3]
         try:
-            version = registry.aliased(match[2]) if match[2] else registry.latest()
+            version = registry.aliased(alias) if alias else registry.latest() if version == "latest" else version
+            if version is None:
+                raise InputError(f"{uri}: the registry has no such model or alias")
+            digest = registry.digest(version)
         except MlflowException as e:
             raise InputError(f"{uri}: {' '.join(str(e).split())[:300]}") from None
-        if version is None:
-            raise InputError(f"{uri}: the registry has no such model or alias")
         uri = f"models:/{match[1]}/{version}"
-    with tempfile.TemporaryDirectory() as folder:
-        yield uri, str(_download(uri, tracking_uri, folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = str(_download(uri, tracking_uri, scratch))
+        models.read_spec(folder, digest)
+        yield uri, folder
 
 
 def _download(uri: str, tracking_uri: str | None, folder: str) -> pathlib.Path:

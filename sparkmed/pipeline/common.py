@@ -101,9 +101,9 @@ def require_same_classes(config: Config, registry: tracking.Registry, *versions:
         _require_model(config, registry.fetch(version, config.lake), f"version {version} of model {registry.model}")
 
 
-def _require_model(config: Config, url: str, name: str):
+def _require_model(config: Config, url: str, name: str, digest: str = ""):
     """Load it here once: what executors would refuse is said before they start."""
-    spec = models.Model.load(url, "cpu", config.imports).spec
+    spec = models.Model.load(url, "cpu", config.imports, digest).spec
     if (spec.task, spec.classes) != (config.task, config.classes):
         raise InputError(
             f"{name} predicts {list(spec.classes)} ({spec.task}), the config says {list(config.classes)} ({config.task}): give the "
@@ -129,25 +129,27 @@ def _ensemble(config: Config, registry: tracking.Registry) -> tuple[str, str]:
     members = {}
     for entry in config.score.ensemble:
         uri = entry if "/" in entry else f"models:/{registry.model}{'/' if entry.isdigit() else '@'}{entry}"
-        name, url = _pinned_model(config, uri, registry.uri)
+        name, url, _ = _pinned_model(config, uri, registry.uri)
         members[name] = url
     spec, found = models.ensemble(config.name, members, config.score)
     target = dataset.pinned_model(config.lake, found)
     if not storage.exists(storage.join(target, models.SPEC)):
         models.gather(spec, members, target)
-    _require_model(config, target, f"the ensemble of {', '.join(members)}")
+    _require_model(config, target, f"the ensemble of {', '.join(members)}", found)
     log.info("the ensemble %s is the mean of %s", found[:16], ", ".join(m.name for m in spec.members))
     return target, f"ensemble-{found[:16]}"
 
 
-def _pinned_model(config: Config, uri: str, tracking_uri: str, digest: str = "") -> tuple[str, str]:
-    """The model at ``uri`` by the version that it is now, and its copy in the lake, found there by its digest."""
+def _pinned_model(config: Config, uri: str, tracking_uri: str, wanted: str = "") -> tuple[str, str, str]:
+    """The model at ``uri`` by the version that it is now, its copy in the lake, found there by its digest, and the digest."""
     with tracking.located(uri, tracking_uri) as (name, folder):
-        models.read_spec(folder, digest)
-        target = dataset.pinned_model(config.lake, models.model_digest(folder))
+        models.read_spec(folder, wanted)
+        digest = models.model_digest(folder)
+        target = dataset.pinned_model(config.lake, digest)
         if not storage.exists(storage.join(target, models.SPEC)):
             models.copy(folder, target)
-    return name, target
+    models.read_spec(target, digest)
+    return name, target, digest
 
 
 def pinned(config: Config) -> Config:
@@ -155,12 +157,12 @@ def pinned(config: Config) -> Config:
     cascade = config.preprocess.cascade
     if cascade is None:
         return config
-    name, url = _pinned_model(config, cascade.model, cascade.tracking or tracking.of(config).uri, cascade.digest)
-    spec = models.Model.load(url, "cpu", config.imports).spec
+    name, url, digest = _pinned_model(config, cascade.model, cascade.tracking or tracking.of(config).uri, cascade.digest)
+    spec = models.Model.load(url, "cpu", config.imports, digest).spec
     if spec.task != "segmentation":
         raise InputError(
             f"preprocess.cascade.model {cascade.model} is a {spec.task}: its output is no channel, wanted a segmentation"
         )
-    found = {"model": name, "tracking": None, "digest": models.model_digest(url), "classes": spec.classes[1:]}
+    found = {"model": name, "tracking": None, "digest": digest, "classes": spec.classes[1:]}
     preprocess = config.preprocess.model_copy(update={"cascade": cascade.model_copy(update=found)})
     return config.model_copy(update={"preprocess": preprocess})

@@ -156,7 +156,7 @@ def test_an_ensemble_of_classifiers(tmp_path):
     np.testing.assert_allclose(found, np.mean([m.predict_patches(patches) for m in members], 0), atol=1e-6)
 
 
-def cascade(tmp_path, output="labels", **more):
+def cascade(tmp_path, output="labels"):
     """(first, second, folder of the second): the second sees the image and what the first finds, on a grid of its own."""
     first = other(7, preprocess=Preprocess(orientation="LPS", spacing=(1.3, 1.3, 2.5)), score=Score(overlap=0.0))
     whole = saved(first, tmp_path / "whole")
@@ -164,7 +164,7 @@ def cascade(tmp_path, output="labels", **more):
     spec = segmenter().spec.model_copy(
         update={
             "name": "core", "classes": ("background", "core"), "in_channels": 3,
-            "preprocess": Preprocess(orientation="RAS", spacing=(1, 1, 2), intensity=Intensity(kind="zscore"), cascade=pinned), **more,
+            "preprocess": Preprocess(spacing=(1, 1, 2), intensity=Intensity(kind="zscore"), cascade=pinned),
         }
     )  # fmt: skip
     torch.manual_seed(8)
