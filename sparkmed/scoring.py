@@ -11,8 +11,9 @@ from sparkmed import dataset, formats, storage
 from sparkmed.config import Segment, digest
 from sparkmed.formats import dicom_seg, nifti
 from sparkmed.formats.instance import VolumeHeader
-from sparkmed.imaging import postprocess
+from sparkmed.imaging import intensity, postprocess
 from sparkmed.imaging.volume import Volume
+from sparkmed.learning import metrics
 from sparkmed.learning.model import Model
 from sparkmed.rejection import Refused
 
@@ -42,7 +43,7 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
 
     ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
     that class was predicted (null where it was not). ``score`` is against the row's label: Dice per class, or 1 and 0 for right
-    and wrong. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without. Raises
+    and wrong, and ``reliability`` how far its confidence can be believed. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without. Raises
     :class:`Refused` on pixels that cannot be read or do not fit the network.
     """
     started = time.perf_counter()
@@ -74,14 +75,18 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
         out["probability"] = [s / n if n else None for s, n in zip(sums, counts.tolist(), strict=True)]
         if row["label"]:
             with contextlib.suppress(Refused):  # a broken label is no reason to lose the prediction
-                out["score"] = dice(labels.array[0], dataset.read_label(row, image).array[0], len(classes))
+                truth = dataset.read_label(row, image).array[0]
+                out["score"] = dice(labels.array[0], truth, len(classes))
+                out["reliability"] = _reliability(probabilities.array, labels.array[0], truth)
     else:
         vector = np.asarray(model.predict(image), np.float64)
         out["probability"] = vector.tolist()
         out["predicted"] = classes[int(vector.argmax())]
         if row["target"] is not None:
-            out["score"] = [float(vector.argmax() == row["target"])]
+            right = vector.argmax() == row["target"]
+            out["score"], out["reliability"] = [float(right)], metrics.reliability(vector.max(), right)
     out["seconds"] = time.perf_counter() - started
+    out["quantiles"] = intensity.quantiles(image.array)
     out["scored_at"] = datetime.datetime.now(datetime.UTC)
     return out
 
@@ -97,6 +102,14 @@ def _write_seg(model: Model, labels: Volume, probabilities: Volume, header: Volu
         labels, header, url, segments, settings.seg_type, probabilities, identity=identity, model=segs.model, version=segs.version
     )
     return name
+
+
+def _reliability(probabilities: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Of the voxels that are predicted or true foreground: the background, easy and large, would hide what they are like."""
+    where = (predicted > 0) | (truth > 0)
+    predicted, truth = predicted[where], truth[where]
+    confidence = np.take_along_axis(probabilities[:, where], predicted[None].astype(np.intp), 0)[0]
+    return metrics.reliability(confidence, predicted == truth)
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[float | None]:

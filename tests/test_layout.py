@@ -24,7 +24,7 @@ LAYERS = [
     {"storage"},
     {"imaging", "identity", "tables"},
     {"formats", "pictures"},
-    {"cohort", "dataset"},
+    {"cohort", "dataset", "drift"},
     {"learning"},
     {"scoring", "tracking", "training"},
     {"spark"},
