@@ -61,7 +61,7 @@ class Finding:
 
 
 def figures(volume: Mapping, prediction: Mapping, classes: Sequence[str]) -> dict[str, float]:
-    """The figures of one volume from its rows in ``volumes/`` and ``predictions/``, to four digits: rounding of headers is no drift.
+    """The figures of one volume from its rows in ``volumes/`` and ``predictions/``, to four digits: rounding is no drift.
 
     Geometry (spacing in mm, field of view in ml), intensity at :data:`~sparkmed.imaging.intensity.QUANTILES` for each channel,
     probability and volume in ml by class. What a row does not hold is left out.

@@ -43,8 +43,9 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
 
     ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
     that class was predicted (null where it was not). ``score`` is against the row's label: Dice per class, or 1 and 0 for right
-    and wrong, and ``reliability`` how far its confidence can be believed. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without. Raises
-    :class:`Refused` on pixels that cannot be read or do not fit the network.
+    and wrong; ``reliability`` how far its confidence can be believed. ``quantiles`` are of the image. ``seg_refused``, no column,
+    is why a prediction has no SEG where one was wanted; it counts without. Raises :class:`Refused` on pixels that cannot be read
+    or do not fit the network.
     """
     started = time.perf_counter()
     header = VolumeHeader.from_row(row)
