@@ -123,9 +123,8 @@ def _newest(config: Config, volumes: list[dict], model_digest: str) -> dict[str,
     last = {r["volume"]: r["scored_at"] for r in sorted(light, key=lambda r: r["scored_at"]) if r["volume"] in known}
     chosen = sorted(last, key=lambda u: (last[u], u))[-config.watch.window :]
     columns = ["volume", "subject", "ml", "probability", "quantiles", "scored_at"]
-    rows = ledger.read(
-        columns, (pc.field("model_digest") == model_digest) & pc.field("volume").isin(pa.array(chosen, pa.string()))
-    ).to_pylist()
+    theirs = (pc.field("model_digest") == model_digest) & pc.field("volume").isin(pa.array(chosen, pa.string()))
+    rows = ledger.read(columns, theirs).to_pylist()
     return {r["volume"]: r for r in sorted(rows, key=lambda r: r["scored_at"])}
 
 
