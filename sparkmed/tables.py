@@ -50,7 +50,7 @@ CATALOG = pa.schema(
         ("shape", pa.list_(pa.int64())),
         ("affine", pa.list_(pa.float64())),
         ("header", pa.string()),
-        ("identity", pa.string()),  # fingerprint of the key that made ``subject``
+        ("identity", pa.string()),  # of who read the file: number of the reader, fingerprint of the key that made ``subject``
         ("seen_at", _TIME),  # when the file was read, as it is now
         *_LINEAGE,
     ]

@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 from sparkmed import formats, storage, tables
 from sparkmed.formats import archive
+from sparkmed.formats.instance import READER
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import paths, splits
 from sparkmed.rejection import InputError, Refused, Rejection
@@ -30,10 +31,10 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     there, new, changed, gone, and how many instances and refusals that makes in all.
 
     Only files that are new or whose size or modification time changed are opened. ``key`` makes pseudonyms of patients; None
-    keeps their identifiers. Under another key than before (or none) every file is read again and all earlier rows and their
-    data files go. Files of the lake itself are passed over. Writes nothing when nothing changed. The driver holds some thousand
-    files at a time, however many there are. Raises FileNotFoundError when there is nothing at ``url``, InputError when that is
-    the lake itself.
+    keeps their identifiers. Under another key than before (or none), or when headers are read in another way by now, every file
+    is read again and all earlier rows and their data files go. Files of the lake itself are passed over. Writes nothing when
+    nothing changed. The driver holds some thousand files at a time, however many there are. Raises FileNotFoundError when there
+    is nothing at ``url``, InputError when that is the lake itself.
     """
     instances, refusals = tables.catalog(lake), tables.quarantine(lake)
     own = storage.absolute(lake).rstrip("/") + "/"
@@ -47,7 +48,7 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     if not known.exists and finished:  # an earlier version, or a run that was killed when it had committed
         manifest.write(_latest_files(spark, lake, finished), lake, finished)
         known = manifest.Manifest(lake, finished)
-    identity = fingerprint(key)
+    identity = f"{READER}:{fingerprint(key)}"
     rekeyed = bool(known.identities - {identity})
     lineage = {**lineage, "run": run, "identity": identity}
     ignored = [paths.PathPattern(p) for p in limits.exclude]

@@ -190,6 +190,14 @@ def test_names_that_were_kept_are_nowhere_once_they_are_not(spark, patients, tmp
     assert update(spark, patients, tmp_path, b"another key " * 2)["changed"] == 3
 
 
+def test_a_lake_of_an_earlier_reader_is_read_again(spark, patients, tmp_path, monkeypatch):
+    update(spark, patients, tmp_path)
+    monkeypatch.setattr(catalog, "READER", catalog.READER + 1)
+    assert update(spark, patients, tmp_path)["changed"] == 5
+    assert update(spark, patients, tmp_path)["changed"] == 0
+    assert len(tables.catalog(str(tmp_path / "lake")).rows()) == 4
+
+
 def test_names_of_files_that_are_all_gone_go_too(spark, patients, tmp_path):
     update(spark, patients, tmp_path)
     for path in patients.iterdir():
