@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import pyarrow.compute as pc
 
-from sparkmed import tables
+from sparkmed import scoring, tables
 
 ALL = "all"
+PASSING = scoring.PASSING | {"FAILED"}
+"""Reasons for which a volume is tried again: it waits."""
 
 
 def quarantined(lake: str, since: datetime.datetime | None = None) -> dict[str, tuple[int, int]]:
@@ -26,7 +28,7 @@ def quarantined(lake: str, since: datetime.datetime | None = None) -> dict[str, 
         recent &= pc.field("seen_at") >= since
     read = catalog.read(columns, recent).to_pylist()
     wanted = pc.field("stage").isin(["catalog", "volumes", "score"])
-    kept_out = tables.quarantine(lake).read(["uri", "container", "run", "stage", "refused_at", "key"], wanted).to_pylist()
+    kept_out = tables.quarantine(lake).read(["uri", "container", "run", "stage", "reason", "refused_at", "key"], wanted).to_pylist()
     of_catalog = [r for r in kept_out if r["stage"] == "catalog" and r["run"] <= finished]
     if since is not None:
         of_catalog = [r for r in of_catalog if r["refused_at"] >= since]
@@ -52,7 +54,7 @@ def quarantined(lake: str, since: datetime.datetime | None = None) -> dict[str, 
 
 def parked(rows: Sequence[dict]) -> set[str]:
     """URIs of volumes that are not scored again by themselves, from quarantine rows."""
-    return {r["uri"] for r in rows if r["stage"] == "score" and r["key"]}
+    return {r["uri"] for r in rows if r["stage"] == "score" and r["key"] and r["reason"] not in PASSING}
 
 
 def _scored(lake: str) -> set[str]:

@@ -6,12 +6,13 @@ Knows no engine and reads no pixel; what comes back is one :class:`Member` per i
 import csv
 import fnmatch
 import io
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparkmed import storage
-from sparkmed.config import Config, folded
+from sparkmed.config import HEADER_GROUPS, Config, folded
 from sparkmed.formats import segmentation
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging import paths, splits
@@ -269,8 +270,9 @@ def groups(rows: Sequence[dict], config: Config, key: bytes | None) -> dict[str,
     names subjects rather than groups.
     """
     settings = config.groups
-    columns = [c for c in settings.by if c != "modality"]
-    table = _table(config, "groups.csv", settings.csv, columns) if columns else []
+    named = [c for c in settings.by if c not in HEADER_GROUPS]
+    table = _table(config, "groups.csv", settings.csv, named) if settings.csv else []
+    columns = [c for c in settings.by if c in named or any(c in row for row in table)]
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in table:
         said = {c: row[c] for c in columns if c in row}
@@ -288,8 +290,8 @@ def groups(rows: Sequence[dict], config: Config, key: bytes | None) -> dict[str,
     for r in rows:
         names = [*(("path", p) for p in r["source_paths"]), ("subject", r["subject"])]
         said = next((found[n] for n in names if n in found), {})
-        modality = {"modality": r["modality"] or r["format"]} if "modality" in settings.by else {}
-        out[r["uid"]] = modality | said
+        facts = {"modality": r["modality"] or r["format"], "scanner": json.loads(r["header"] or "{}").get("scanner")}
+        out[r["uid"]] = {c: value for c in settings.by if (value := said.get(c) if c in columns else facts[c])}
     return out
 
 

@@ -321,18 +321,22 @@ class Train(Section):
     """Seconds to wait for all ranks."""
 
 
+HEADER_GROUPS = ("modality", "scanner")
+
+
 class Groups(Section):
     """By what results are looked at in parts, when a champion is chosen and when new volumes are watched."""
 
     by: Names = ("modality",)
-    """``modality`` (where a file has none, its format), or columns of ``csv``, such as ``[modality, site, scanner, sex]``."""
+    """``modality`` (where a file has none, its format), ``scanner`` (manufacturer and model in DICOM headers), and columns of
+    ``csv``, such as ``[modality, scanner, site, sex]``; a column goes before a header."""
     csv: str | None = None
     """Path of a CSV (inside the archive, or a URL) with ``subject`` or ``path`` and a column per grouping; a blank is unknown. Its
     values are written to tables and the report: give sites code names. A column of more than 64 values is refused."""
 
     @model_validator(mode="after")
     def _columns_have_a_table(self):
-        columns = [c for c in self.by if c != "modality"]
+        columns = [c for c in self.by if c not in HEADER_GROUPS]
         if columns and not self.csv:
             raise ValueError(f"by names {', '.join(columns)}, wanted csv to say where these columns are")
         if set(columns) & {"subject", "path"}:

@@ -279,22 +279,16 @@ def test_only_images_with_these_facts(only, left):
 def grouped(tmp_path, table, **groups):
     (tmp_path / "groups.csv").write_text(table)
     settings = config.parse(SEGMENTATION | {"groups": {"csv": str(tmp_path / "groups.csv"), **groups}})
+    scanner = json.dumps({"scanner": "GE Discovery"})
+
+    def row(uid, subject, path, modality, header):
+        facts = {"modality": modality, "format": "dicom" if modality else "nifti", "header": header}
+        return {"uid": uid, "subject": subject, "source_paths": [path]} | facts
+
     rows = [
-        {
-            "uid": "1",
-            "subject": splits.pseudonym("anna", KEY),
-            "source_paths": ["img/anna.nii.gz"],
-            "modality": "",
-            "format": "nifti",
-        },
-        {
-            "uid": "2",
-            "subject": splits.pseudonym("ben", KEY),
-            "source_paths": ["img/ben.nii.gz"],
-            "modality": "CT",
-            "format": "dicom",
-        },
-        {"uid": "3", "subject": "other", "source_paths": ["x"], "modality": "CT", "format": "dicom"},
+        row("1", splits.pseudonym("anna", KEY), "img/anna.nii.gz", "", "{}"),
+        row("2", splits.pseudonym("ben", KEY), "img/ben.nii.gz", "CT", scanner),
+        row("3", "other", "x", "CT", scanner),
     ]
     return cohort.groups(rows, settings, KEY)
 
@@ -308,6 +302,12 @@ def test_groups_by_subject_pseudonym_or_path(tmp_path):
         "2": {"modality": "CT", "site": "B"},
         "3": {"modality": "CT", "site": "A", "sex": "M"},
     }
+
+
+def test_a_scanner_is_of_the_header_unless_the_table_has_one(tmp_path):
+    of_header = {"scanner": "GE Discovery"}
+    assert grouped(tmp_path, "subject,site\nanna,A\n", by="scanner") == {"1": {}, "2": of_header, "3": of_header}
+    assert grouped(tmp_path, "subject,scanner\nanna,S1\n", by="scanner") == {"1": {"scanner": "S1"}, "2": {}, "3": {}}
 
 
 def test_groups_that_contradict_or_name_everybody_are_errors(tmp_path):

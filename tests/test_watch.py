@@ -65,7 +65,7 @@ class Lake:
             uid, uri = f"u{i:04d}", f"file:///a/{i}"
             seen = NOW - age * DAY
             catalog.append(
-                {"uri": uri, "container": uri, "run": 1, "format": "dicom", "kind": "image", "modality": kind,
+                {"uri": uri, "container": uri, "run": 1, "format": "dicom", "kind": "image", "modality": kind, "header": "{}",
                  "series_uid": f"1.{i}",
                  "seen_at": seen, "file_mtime_ns": 0}
             )  # fmt: skip
@@ -75,8 +75,9 @@ class Lake:
                 )
                 continue
             volumes.append(
-                {"uid": uid, "subject": f"s{i:04d}", "split": split, "format": "dicom", "modality": kind, "sources": [uri],
-                 "source_paths": [str(i)], "shape": [1, 64, 64, 32], "spacing": [1.0, 1.0, float(self.rng.normal(3, 0.2))],
+                {"uid": uid, "subject": f"s{i:04d}", "split": split, "format": "dicom", "modality": kind, "header": "{}",
+                 "sources": [uri], "source_paths": [str(i)],
+                 "shape": [1, 64, 64, 32], "spacing": [1.0, 1.0, float(self.rng.normal(3, 0.2))],
                  "label_uid": f"l{i}" if split else None, "target": None}
             )  # fmt: skip
             if scored:

@@ -151,7 +151,11 @@ def _service(config: Config, model: str, model_digest: str, volumes: list[dict],
     does not wait."""
     done = tables.predictions(config.lake).read(["volume", "model_name", "model_digest", "scored_at", "seconds"]).to_pylist()
     done = [r for r in done if r["model_name"] == model]
-    kept_out = tables.quarantine(config.lake).read(["uri", "stage", "key", "refused_at"], pc.field("stage") == "score").to_pylist()
+    kept_out = (
+        tables.quarantine(config.lake)
+        .read(["uri", "stage", "reason", "key", "refused_at"], pc.field("stage") == "score")
+        .to_pylist()
+    )
     held = arrivals.parked(kept_out)
     by_any, by_champion = {r["volume"] for r in done}, {r["volume"] for r in done if r["model_digest"] == model_digest}
     free = [r for r in volumes if r["uid"] in by_any or not held & set(r["sources"])]
