@@ -45,8 +45,9 @@ def promote(config: Config) -> dict:
     reason = "; ".join([reason, *unjudged])
     numbers |= {"test": _test_digest(test), "grouping": digest(groups)[:16]}
     before = _promoted(config, registry)
-    if before and json.loads(before["numbers"])["test"] != numbers["test"]:
-        numbers["test_before"] = json.loads(before["numbers"])["test"]
+    then = before and json.loads(before["numbers"]).get("test")
+    if then and then != numbers["test"]:
+        numbers["test_before"] = then
         reason += f"; the test split is another than when version {before['challenger']} was promoted"
         log.warning("the test split is another than when version %s was promoted", before["challenger"])
     if not failed:
