@@ -46,7 +46,7 @@ def test_the_champion_has_a_fingerprint_and_a_first_run_has_no_alarm(project):
         assert 0 < right <= counts and 1 / 3 <= confidence / counts <= 1
     (decision,) = [json.loads(r["numbers"]) for r in tables.promotions(settings.lake).rows()]
     assert {"metric", "ece", "seconds", "group modality=nifti"} == {g["gate"] for g in decision["gates"]}
-    assert {r["check"] for r in tables.watch(settings.lake).rows()} == {"service"}  # all were trained or judged on
+    assert {r["check"] for r in tables.watch(settings.lake).rows()} == {"quarantine", "service"}  # no volume is new
 
 
 def test_a_second_run_does_nothing_twice(project):
