@@ -349,8 +349,32 @@ class Train(Section):
     """Seconds to wait for all ranks."""
 
 
+HEADER_GROUPS = ("modality", "scanner")
+
+
+class Groups(Section):
+    """By what results are looked at in parts, when a champion is chosen and when new volumes are watched."""
+
+    by: Names = ("modality",)
+    """``modality`` (where a file has none, its format), ``scanner`` (manufacturer and model in DICOM headers), and columns of
+    ``csv``, such as ``[modality, scanner, site, sex]``; a column goes before a header."""
+    csv: str | None = None
+    """Path of a CSV (inside the archive, or a URL) with ``subject`` or ``path`` and a column per grouping; a blank is unknown. Its
+    values are written to tables and the report: give sites code names. A column of more than 64 values is refused."""
+
+    @model_validator(mode="after")
+    def _columns_have_a_table(self):
+        columns = [c for c in self.by if c not in HEADER_GROUPS]
+        if columns and not self.csv:
+            raise ValueError(f"by names {', '.join(columns)}, wanted csv to say where these columns are")
+        if set(columns) & {"subject", "path"}:
+            raise ValueError("by names subject or path: a group is of many")
+        return self
+
+
 class Promote(Section):
-    """The gate before the champion. The measure is the mean over subjects of Dice over foreground classes, or of correctness."""
+    """The gates before the champion. The measure is the mean over subjects of Dice over foreground classes, or of correctness. All
+    gates are looked at and written down; one that is None is measured only."""
 
     minimum: Share = 0.0
     """Smallest mean on the test split."""
@@ -358,6 +382,36 @@ class Promote(Section):
     """The lower end of the paired bootstrap interval of (challenger - champion) must be above this."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     resamples: Positive = 2000
+    group_minimum: Share | None = None
+    """Smallest mean in each group of ``groups``."""
+    max_ece: Share | None = None
+    """Largest expected calibration error, of the voxels that are predicted or true foreground, or of images."""
+    least_subjects: Positive = 10
+    """Test subjects below which a group, or calibration, is too few to judge: that is said, and keeps nobody out."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Most seconds per million voxels, as a median over the test volumes."""
+    max_slowdown: Annotated[float, Field(gt=0)] | None = None
+    """Most times the champion's seconds, as a median over the same volumes on the same kind of device."""
+
+
+class Watch(Section):
+    """When new volumes and the service are said to be in trouble. Alarms are exit statuses of ``score`` and ``watch``: 3 drift, 4
+    backlog, 5 quarantine."""
+
+    window: Positive = 200
+    """New volumes that are compared with the champion's fingerprint: those scored last."""
+    minimum: Annotated[int, Field(ge=5)] = 20
+    """Subjects on either side below which nothing is judged."""
+    psi: Annotated[float, Field(ge=0)] = 0.25
+    """Population stability index from which a change matters (Siddiqi 2006: 0.1 is some, 0.25 a large change)."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Chance of any false alarm of drift in one look, over all figures and sources."""
+    quarantine_days: Annotated[float, Field(gt=0)] = 7.0
+    """Days back in which files that were new are counted."""
+    quarantine_rise: Share = 0.1
+    """How far the share of new volumes in quarantine may rise above the share when the champion was chosen."""
+    backlog_days: Annotated[float, Field(gt=0)] = 3.0
+    """Days that a volume may wait for its first score."""
 
 
 Code = tuple[
@@ -504,8 +558,10 @@ class Config(Section):
     preprocess: Preprocess = Preprocess()
     patches: Patches = Patches()
     train: Train = Train()
+    groups: Groups = Groups()
     promote: Promote = Promote()
     score: Score = Score()
+    watch: Watch = Watch()
     tracking: Tracking = Tracking()
     spark: Spark = Spark()
     imports: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")], ...] = ()

@@ -12,10 +12,10 @@ from sparkmed import dataset, formats, storage
 from sparkmed.config import Segment, digest
 from sparkmed.formats import dicom, dicom_seg, nifti
 from sparkmed.formats.instance import VolumeHeader
-from sparkmed.imaging import patches, preprocess
+from sparkmed.imaging import intensity, patches, preprocess
 from sparkmed.imaging.geometry import Grid
 from sparkmed.imaging.volume import Volume
-from sparkmed.learning import inference
+from sparkmed.learning import inference, metrics
 from sparkmed.learning.model import ClassProbabilities, Model, ModelSpec, Segmentation, blank
 from sparkmed.rejection import Refused
 
@@ -45,28 +45,31 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
 
     ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
     that class was predicted and stayed (null where there are none). ``score`` is against the row's label: Dice per class, or 1 and
-    0 for right and wrong. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without.
-    Raises :class:`Refused` on pixels that cannot be read or do not fit the network.
+    0 for right and wrong; ``reliability`` how far its confidence can be believed. ``quantiles`` are of the image. ``seg_refused``,
+    no column, is why a prediction has no SEG where one was wanted; it counts without. Raises :class:`Refused` on pixels that cannot
+    be read or do not fit the network.
     """
     started = time.perf_counter()
     header = VolumeHeader.from_row(row)
+    image = [formats.read_volume(header)]  # held by the list alone: it is gone when its windows are computed
+    quantiles = intensity.quantiles(image[0].array)
     if model.spec.task == "segmentation":
-        image = [formats.read_volume(header)]  # held by the list alone: it is gone when its windows are computed
-        found: Segmentation | ClassProbabilities = model.segment(image, keep=keeps_probabilities(model, segs))
+        found: Segmentation | ClassProbabilities = model.segment(image, keep=keeps_probabilities(model, row, segs))
     else:
-        found = model.predict(formats.read_volume(header))
-    return written(model, row, found, mask_url, segs) | {"seconds": time.perf_counter() - started}
+        found = model.predict(image.pop())
+    out = written(model, row, found, mask_url, segs)
+    return out | {"seconds": time.perf_counter() - started, "quantiles": quantiles}
 
 
-def keeps_probabilities(model: Model, segs: SegFolder | None) -> bool:
-    """Whether the probabilities of all voxels are an output."""
-    return segs is not None and model.spec.score.seg_type == "FRACTIONAL"
+def keeps_probabilities(model: Model, row: dict, segs: SegFolder | None) -> bool:
+    """Whether the probabilities of all voxels are looked at: written, or compared with a label."""
+    return bool(row["label"]) or (segs is not None and model.spec.score.seg_type == "FRACTIONAL")
 
 
 def written(
     model: Model, row: dict, found: Segmentation | ClassProbabilities, mask_url: str | None = None, segs: SegFolder | None = None
 ) -> dict:
-    """Write what was found of a volume row; the columns of :func:`score` but for ``seconds``."""
+    """Write what was found of a volume row; the columns of :func:`score` but for ``seconds`` and ``quantiles``."""
     header, classes = VolumeHeader.from_row(row), model.spec.classes
     out = {
         "volume": row["uid"],
@@ -90,13 +93,16 @@ def written(
         out["probability"] = found.means
         if row["label"]:
             with contextlib.suppress(Refused):  # a broken label is no reason to lose the prediction
-                out["score"] = dice(labels.array[0], dataset.read_label(row, labels).array[0], len(classes))
+                truth = dataset.read_label(row, labels).array[0]
+                out["score"] = dice(labels.array[0], truth, len(classes))
+                out["reliability"] = _reliability(found.probabilities.array, labels.array[0], truth)
     else:
         vector = np.asarray(found, np.float64)
         out["probability"] = vector.tolist()
         out["predicted"] = classes[int(vector.argmax())]
         if row["target"] is not None:
-            out["score"] = [float(vector.argmax() == row["target"])]
+            right = vector.argmax() == row["target"]
+            out["score"], out["reliability"] = [float(right)], metrics.reliability(vector.max(), right)
     return out | {"scored_at": datetime.datetime.now(datetime.UTC)}
 
 
@@ -155,6 +161,8 @@ class Parts:
     affine: tuple[float, ...]
     shape: tuple[int, int, int]
     seconds: float = 0.0
+    quantiles: tuple[float, ...] = ()
+    """Of the intensities of the volume as it is stored."""
 
 
 def spread(model: Model, row: dict, url: str) -> Parts:
@@ -163,13 +171,15 @@ def spread(model: Model, row: dict, url: str) -> Parts:
     Holds the volume as it is stored, and as it is placed on the preprocessed grid (the same where nothing is resampled).
     """
     started = time.perf_counter()
-    grid, read = model.reader([formats.read_volume(VolumeHeader.from_row(row))])
+    volume = [formats.read_volume(VolumeHeader.from_row(row))]
+    quantiles = tuple(intensity.quantiles(volume[0].array))
+    grid, read = model.reader(volume)
     axis = model.spec.windows(grid.spatial_shape).axis
     with storage.writing(storage.join(url, "image")) as file:
         for start in range(0, grid.spatial_shape[axis], _PLANES):
             slab = read(start, min(start + _PLANES, grid.spatial_shape[axis]))
             file.write(np.ascontiguousarray(np.moveaxis(slab, 1 + axis, 0)))
-    return Parts(url, tuple(grid.affine.ravel().tolist()), grid.spatial_shape, time.perf_counter() - started)
+    return Parts(url, tuple(grid.affine.ravel().tolist()), grid.spatial_shape, time.perf_counter() - started, quantiles)
 
 
 _PLANES = 8
@@ -200,9 +210,9 @@ def joined(model: Model, row: dict, parts: Parts, mask_url: str | None = None, s
 
     image = blank(stored, series_uid=header.series_uid, modality=header.modality, sources=header.sources)
     pieces = preprocess.planes_to_input_grid(inference.averaged(sums(), windows), windows.axis, grid, image)
-    found = model.labelled(pieces, image, keep=keeps_probabilities(model, segs))
+    found = model.labelled(pieces, image, keep=keeps_probabilities(model, row, segs))
     seconds = parts.seconds + time.perf_counter() - started
-    return written(model, row, found, mask_url, segs) | {"seconds": seconds}
+    return written(model, row, found, mask_url, segs) | {"seconds": seconds, "quantiles": list(parts.quantiles)}
 
 
 def _block_url(parts: Parts, block: int) -> str:
@@ -231,6 +241,14 @@ def _write_seg(model: Model, labels: Volume, probabilities: Volume | None, heade
         labels, header, url, segments, settings.seg_type, probabilities, identity=identity, model=segs.model, version=segs.version
     )
     return name
+
+
+def _reliability(probabilities: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Of the voxels that are predicted or true foreground: the background, easy and large, would hide what they are like."""
+    where = (predicted > 0) | (truth > 0)
+    predicted, truth = predicted[where], truth[where]
+    confidence = np.take_along_axis(probabilities[:, where], predicted[None].astype(np.intp), 0)[0]
+    return metrics.reliability(confidence, predicted == truth)
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[float | None]:

@@ -14,6 +14,7 @@ from monai.metrics import compute_dice
 from sparkmed import formats, scoring
 from sparkmed.config import Component, Preprocess, Score
 from sparkmed.formats import dicom_seg
+from sparkmed.imaging import intensity
 from sparkmed.learning import networks
 from sparkmed.learning.model import Model, ModelSpec
 from sparkmed.rejection import Refused
@@ -160,3 +161,18 @@ def test_a_seg_that_may_be_written_later_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom_seg, "_headers", gone)
     with pytest.raises(Refused, match="UNREADABLE"):
         scoring.score(segmenter(masks="seg", seg_folder="x"), row, segs=segs(tmp_path / "out"))
+
+
+def test_reliability_is_of_the_voxels_that_are_predicted_or_true_foreground():
+    predicted, truth = np.array([[[0, 0, 1, 1]]]), np.array([[[0, 1, 1, 0]]])
+    probabilities = np.stack([np.array([[[1.0, 0.8, 0.1, 0.4]]]), np.array([[[0.0, 0.2, 0.9, 0.6]]])])
+    found = np.reshape(scoring._reliability(probabilities, predicted, truth), (3, -1)).sum(1)
+    assert found == pytest.approx([3, 0.8 + 0.9 + 0.6, 1])
+
+
+def test_a_prediction_describes_its_image(tmp_path):
+    row, header = row_of(tmp_path / "in", series())
+    out = scoring.score(segmenter(), row)
+    image = formats.read_volume(header).array
+    assert out["quantiles"] == pytest.approx(np.quantile(image, intensity.QUANTILES))
+    assert "reliability" not in out

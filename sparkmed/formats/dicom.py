@@ -80,6 +80,7 @@ _NOT_IMAGE_MODALITIES = frozenset({"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN"
 
 _HEADER_KEYWORDS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality ImageType PatientID PatientName "
+    "Manufacturer ManufacturerModelName "
     "SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier TriggerTime FrameReferenceTime EchoTime EchoNumbers "
     "DiffusionBValue ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID PixelSpacing ImagerPixelSpacing "
     "NominalScannedPixelSpacing SpacingBetweenSlices SliceThickness "
@@ -272,6 +273,7 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
     spacing = h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
     header = {
         "study": study,
+        "scanner": _scanner(h),
         "series": h.integer("SeriesNumber"),
         "number": h.integer("InstanceNumber"),
         "acquisition": h.integer("AcquisitionNumber"),
@@ -331,6 +333,14 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
     shape = (3 if photometric == "PALETTE COLOR" else samples, columns, rows, count)
     fields.update(kind="image", shape=shape, affine=_slice_affine(header), header=to_json(header))
     return fields
+
+
+def _scanner(h: Header) -> str | None:
+    """Manufacturer and model, which identify nobody by PS3.15 Table E.1-1; None when they hold a word of the patient's."""
+    found = re.sub(r"[^ -~]", "", f"{h.plain('Manufacturer')} {h.plain('ManufacturerModelName')}")
+    words = " ".join(found.split())[:64].strip()
+    patient = re.findall(r"\w{3,}", f"{h.plain('PatientName')} {h.plain('PatientID')}".casefold())
+    return None if not words or any(w in words.casefold() for w in patient) else words
 
 
 def _b_value(h: Header) -> float | None:

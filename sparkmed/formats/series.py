@@ -679,6 +679,7 @@ def _header(draft: _Draft, facts: dict[str, Any], settings: Volumes) -> VolumeHe
         "syntaxes": syntaxes[:1] if len(set(syntaxes)) == 1 else syntaxes,
         "decoders": sorted({dicom.decoder(s.instance.transfer_syntax, s.facts) or "native" for s in ordered}),
         "study": ordered[0].facts.get("study"),
+        "scanner": ordered[0].facts.get("scanner"),
         "frame": ordered[0].facts.get("frame"),
         "type": ordered[0].facts.get("type"),
         "echo": ordered[0].facts.get("echo"),

@@ -5,6 +5,7 @@ import logging
 from sparkmed import scoring, storage, tables, tracking
 from sparkmed.config import Config
 from sparkmed.pipeline import common
+from sparkmed.pipeline.watch import watch
 from sparkmed.rejection import InputError
 from sparkmed.spark import catalog as spark_catalog
 from sparkmed.spark import score as spark_score
@@ -55,8 +56,10 @@ def score(config: Config) -> dict:
             quarantine.commit([quarantine.write(refusals)])
         refused += len(batch) - len(rows)
     left_out = len(set(keys) & parked - scored)
+    alarms = watch(config)["alarms"]
     common.require_few(refused + left_out, len(keys), config.score.max_refused, "score.max_refused", "volumes")
-    return {"version": version, "scored": done, "before": len(set(keys) & scored), "refused": refused, "parked": left_out}
+    before = len(set(keys) & scored)
+    return {"version": version, "scored": done, "before": before, "refused": refused, "parked": left_out, "alarms": alarms}
 
 
 def seg_folder(config: Config) -> str | None:

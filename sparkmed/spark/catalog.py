@@ -180,6 +180,7 @@ def _spark_schema(table: tables.Table):
 def _write(files: list[storage.File], lake: str, limits, key: bytes | None, lineage: dict):
     """One task: read the headers of some files, write what became of them, return the two unpublished table files."""
     rows, refusals = [], []
+    seen_at = datetime.datetime.now(datetime.UTC)
     for file in files:
         name, uri = storage.spelt(file.path), storage.spelt(file.uri)
         facts = {"path": name, "container": uri, "file_size": file.size, "file_mtime_ns": file.mtime_ns}
@@ -188,7 +189,7 @@ def _write(files: list[storage.File], lake: str, limits, key: bytes | None, line
                 refusals.append(quarantine_row(outcome, lineage, **facts))
             else:
                 subject = outcome.patient and (splits.pseudonym(outcome.patient, key) if key else outcome.patient)
-                rows.append({**outcome.row(), "subject": subject or None, **lineage})
+                rows.append({**outcome.row(), "subject": subject or None, "seen_at": seen_at, **lineage})
     return (
         tables.catalog(lake).write(rows) if rows else None,
         tables.quarantine(lake).write(refusals) if refusals else None,
