@@ -2,9 +2,10 @@
 
 Copy this file to the DAGs folder; the workers have /opt/sparkmed, java and the config. Two variables of Airflow say the rest:
 ``sparkmed_config``, the project's YAML (/etc/sparkmed/project.yaml), and ``sparkmed_submit``, spark-submit and its options, for
-another place than this machine. The key of the pseudonyms is in neither: ``identity.key_file`` in the YAML names a file on the workers.
+another place than this machine. The key of the pseudonyms is in neither: ``identity.key_file`` in the YAML names a file that the
+workers have.
 
-A stage runs as nightly.sh runs it, which says what an exit status means. 10 to 19 mean that the scores are there and somebody
+A stage runs as nightly.sh runs it, which says what an exit status means. 3, 4 and 5 mean that the scores are there and somebody
 should look: then ``score`` is no failure and is not tried again, ``look`` fails with that status, and with it the DAG run.
 """
 
@@ -16,7 +17,7 @@ from airflow.sdk import DAG
 
 NIGHTLY = "/opt/sparkmed/conf/schedules/nightly.sh"
 # the last line of what a task says is its result: its exit status
-STAGE = f'{NIGHTLY} "$SPARKMED_CONFIG"; status=$?; echo $status; case $status in 1[0-9]) exit 0 ;; *) exit $status ;; esac'
+STAGE = f'{NIGHTLY} "$SPARKMED_CONFIG"; status=$?; echo $status; case $status in [345]) exit 0 ;; *) exit $status ;; esac'
 LOOK = 'status={{ ti.xcom_pull(task_ids="score") }}; echo "score ended with $status, see nightly.sh"; exit $status'
 SETTINGS = {
     "SPARKMED_CONFIG": "{{ var.value.get('sparkmed_config', '/etc/sparkmed/project.yaml') }}",

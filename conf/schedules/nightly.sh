@@ -14,7 +14,7 @@
 #
 # Exit status:
 #   0         done
-#   10 to 19  the scores are there and somebody should look: sparkmed's own status for drift, backlog, quarantine; no retry helps
+#   3, 4, 5   the scores are there and somebody should look: drift, backlog, quarantine (`sparkmed --help`); no retry helps
 #   2         wrong arguments or config; no retry helps
 #   others    the first stage that failed each time it was tried: 1 said by sparkmed, 124 too slow, 137 killed, 143 told to end
 set -uo pipefail
@@ -53,7 +53,7 @@ waited() { # COMMAND...: its exit status; a signal to this script ends it too
   return $code
 }
 
-looked_at() { [ "$1" -ge 10 ] && [ "$1" -le 19 ]; }
+to_look_at() { [[ $1 == [345] ]]; }
 
 tried() { # STAGE ARGUMENTS...: the exit status of its last attempt
   local stage=$1 pause=${SPARKMED_WAIT:-60} attempt code
@@ -62,7 +62,7 @@ tried() { # STAGE ARGUMENTS...: the exit status of its last attempt
     echo "$(date +%FT%T%z) $project $stage, attempt $attempt of $attempts"
     waited timeout --kill-after=60 "$limit" "${submit[@]}" "${driver[@]}" "$home/jobs/$stage.py" "$@"
     code=$?
-    if [ $code -eq 0 ] || [ $code -eq 2 ] || looked_at $code || [ $attempt -ge "$attempts" ]; then
+    if [ $code -eq 0 ] || [ $code -eq 2 ] || to_look_at $code || [ $attempt -ge "$attempts" ]; then
       return $code
     fi
     echo "$(date +%FT%T%z) $project $stage ended with $code, again in $pause s"
@@ -74,18 +74,18 @@ tried() { # STAGE ARGUMENTS...: the exit status of its last attempt
 status=0 at=
 for stage in "${stages[@]}"; do
   # what failed ends the night, but for the report, which shows it
-  [ $status -eq 0 ] || looked_at $status || [ "$stage" = report ] || continue
+  [ $status -eq 0 ] || to_look_at $status || [ "$stage" = report ] || continue
   tried "$stage" "$@"
   code=$?
   [ $code -eq 0 ] && continue
-  if [ $status -eq 0 ] || { looked_at $status && ! looked_at $code; }; then
+  if [ $status -eq 0 ] || { to_look_at $status && ! to_look_at $code; }; then
     status=$code at=$stage
   fi
 done
 
 if [ $status -eq 0 ]; then
   echo "$(date +%FT%T%z) $project done"
-elif looked_at $status; then
+elif to_look_at $status; then
   echo "sparkmed: $project: $at ended with $status: the scores are there, and somebody should look${log:+ at $log}" >&3
 else
   echo "sparkmed: $project: $at failed with $status${log:+: see $log}" >&3
