@@ -3,6 +3,8 @@
 Every section is frozen; an unknown key is an error that names the nearest known one; every default works on a laptop.
 """
 
+import contextlib
+import datetime
 import difflib
 import hashlib
 import json
@@ -349,6 +351,21 @@ class Segment(Section):
     """Of PS3.16 CID 7151 and those it names."""
 
 
+def _some_volumes(value: Any) -> Any:
+    """``all``, a date or a share; a :class:`ValueError` says so."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str) and value != "all":
+            value = datetime.date.fromisoformat(value) if "-" in value else float(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "all" or type(value) is datetime.date or (number and 0 <= value <= 1):
+        return value
+    raise ValueError("wanted all, a date such as 2026-01-31 or a share from 0 to 1")
+
+
+NIGHT = {"attempts", "retry_refused", "backfill", "per_night"}
+"""Keys of ``score`` that say which volumes are scored when, not how."""
+
+
 class Score(Section):
     """How new volumes are predicted, and how predictions are written."""
 
@@ -361,8 +378,17 @@ class Score(Section):
     """Volumes per commit to the predictions table."""
     max_refused: Share = 0.1
     """Share of volumes that may fail before the stage does."""
+    attempts: Positive = 3
+    """How often a volume is tried, counted over runs, whose failure may pass (its file cannot be read, a worker ran out of memory);
+    then it is left out as one is whose pixels are broken."""
     retry_refused: bool = False
-    """True tries volumes again that this version could not score before."""
+    """True tries volumes again that are left out for that; so does ``sparkmed score --retry-quarantined``, once."""
+    backfill: Annotated[Literal["all"] | datetime.date | float, BeforeValidator(_some_volumes)] = "all"
+    """Which volumes that were scored before, by another model or under other settings, are scored by a new champion: ``all``, those
+    that are there since a date such as 2026-01-31, or a share of them such as 0.1, always the same. New volumes are always
+    scored."""
+    per_night: Positive | None = None
+    """Most volumes that one run scores, new ones first; the next run goes on. None: all."""
     masks: Literal["nifti", "seg", "both"] = "nifti"
     """``nifti`` writes label maps into the lake, under pseudonyms; ``seg`` DICOM SEG of the source series into ``seg_folder``.
     Volumes that were scored before are scored again when this or how SEG are written changes, and only then is a SEG another. A
@@ -384,7 +410,14 @@ class Score(Section):
     @property
     def numbers(self) -> "Score":
         """The same without where and how outputs are written: what belongs to a model."""
-        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments"}))
+        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments", *NIGHT}))
+
+
+class Vacuum(Section):
+    """What is removed that nobody needs: see ``sparkmed vacuum``."""
+
+    after_days: Annotated[float, Field(gt=0)] = 7.0
+    """Days that it must have been left alone; longer than any run takes."""
 
 
 class Tracking(Section):
@@ -427,6 +460,7 @@ class Config(Section):
     train: Train = Train()
     promote: Promote = Promote()
     score: Score = Score()
+    vacuum: Vacuum = Vacuum()
     tracking: Tracking = Tracking()
     spark: Spark = Spark()
 

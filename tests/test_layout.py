@@ -22,7 +22,7 @@ LAYERS = [
     {"rejection"},
     {"config", "reasons"},
     {"storage"},
-    {"imaging", "identity", "tables"},
+    {"imaging", "identity", "lease", "tables"},
     {"formats", "pictures"},
     {"cohort", "dataset"},
     {"learning"},

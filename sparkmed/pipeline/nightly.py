@@ -1,10 +1,13 @@
 """Score what the champion has not scored yet, each volume once."""
 
+import datetime
 import logging
+import uuid
 
-from sparkmed import scoring, storage, tables, tracking
-from sparkmed.config import Config, digest
-from sparkmed.pipeline import common
+from sparkmed import lease, scoring, storage, tables
+from sparkmed.config import Config
+from sparkmed.learning.model import ModelSpec
+from sparkmed.pipeline import common, ledger
 from sparkmed.rejection import InputError
 from sparkmed.spark import catalog as spark_catalog
 from sparkmed.spark import score as spark_score
@@ -13,54 +16,98 @@ log = logging.getLogger("sparkmed")
 
 
 def score(config: Config) -> dict:
-    """Predict with the champion every volume that it has not scored under these settings."""
-    registry = tracking.of(config)
-    registry.check()
-    version = registry.champion()
-    if version is None:
-        raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
-    common.require_same_classes(config, registry, version)
-    model_url = registry.fetch(version, config.lake)
-    model_digest = common.model_digest(model_url)
-    settings = digest(config.score.overlap, config.score.blending, *config.score.outputs)[:16]
-    with_masks = config.task == "segmentation" and config.score.masks != "seg"
-    segs = seg_folder(config) and scoring.SegFolder(seg_folder(config), registry.model, version, model_digest, settings)
-    ledger = tables.predictions(config.lake)
-    keys = {scoring.key(r["uid"], model_digest, settings): r for r in common.volume_rows(config)}
-    quarantine = tables.quarantine(config.lake)
-    parked = set() if config.score.retry_refused else set(quarantine.read(["key"])["key"].to_pylist())
-    scored = set(ledger.read(["key"])["key"].to_pylist())
-    todo = [k for k in sorted(keys) if k not in scored and k not in parked]
-    log.info("champion is version %s of %s; %d of %d volumes to score", version, registry.model, len(todo), len(keys))
+    """Predict with the champion the volumes that it has not scored under these settings, as far as the config says.
+
+    Of two runs at once the second waits for the first, and finds what is left. That saves work only: the ledger takes each key
+    once, whoever wrote it.
+    """
+    folder = seg_folder(config)
+    with lease.held(lease.url(config.lake, "score"), f"the predictions of lake {config.lake}"):
+        return _score(config, folder)
+
+
+def _score(config: Config, folder: str | None) -> dict:
+    champion = ledger.pinned(config)
+    common.remember(config)
+    plan = ledger.plan(config, champion)
+    todo = plan.tonight(config)
+    waiting = len(plan.new) + len(plan.backfill) - len(todo)
+    log.info(
+        "champion is version %s of %s; of %d volumes %d are new and %d are backfill, %d of them tonight",
+        champion.version, champion.registry.model, len(plan.rows), len(plan.new), len(plan.backfill), len(todo),
+    )  # fmt: skip
+    predictions = tables.predictions(config.lake)
+    run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     done = refused = 0
     spark = common.spark_of(config) if todo else None
-    for start in range(0, len(todo), config.score.commit_every):
-        batch = {k: keys[k] for k in todo[start : start + config.score.commit_every]}
-        paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
-        masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
-        rows, rejections = spark_score.predict(
-            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs
+    for number, start in enumerate(range(0, len(todo), config.score.commit_every)):
+        held = set(predictions.read(["key"])["key"].to_pylist())  # a rival may have been faster
+        batch = {k: plan.rows[k] for k in todo[start : start + config.score.commit_every] if k not in held}
+        written, refusals = _predict(config, spark, champion, batch, f"{run}/{number}", folder)
+        _park(config, champion, refusals)  # first: what is predicted without a SEG would not be looked at again
+        done += common.commit_files(predictions, written, spark_score.STAGE)
+        refused += len(batch) - sum(len(w.keys) for w in written)
+    if todo:
+        predictions.compact(spark_score.STAGE)
+    common.require_few(refused + len(plan.parked), len(plan.rows), config.score.max_refused, "score.max_refused", "volumes")
+    counts = {"scored": done, "before": len(plan.scored), "refused": refused, "parked": len(plan.parked), "waiting": waiting}
+    return {"version": champion.version, **counts}
+
+
+def _predict(
+    config: Config, spark, champion: ledger.Pinned, batch: dict[str, dict], name: str, folder: str | None
+) -> tuple[list[tables.Keyed], list[spark_score.Refusal]]:
+    """Files of prediction rows that the executors have written into the ledger's folder, which no commit names yet; refusals."""
+    registry, version, settings = champion.registry, champion.version, champion.settings
+    segs = folder and scoring.SegFolder(folder, registry.model, version, champion.model_digest, settings)
+    with_masks = config.task == "segmentation" and config.score.masks != "seg"
+    paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
+    masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
+    spec = ModelSpec.model_validate(storage.read_json(storage.join(champion.url, "spec.json")))
+    table, keys = tables.predictions(config.lake), {r["uid"]: k for k, r in batch.items()}
+    lineage = {
+        "model_name": registry.model,
+        "model_version": version,
+        "model_digest": champion.model_digest,
+        "model_run": registry.version_facts(version)["run_id"],
+        "dataset_digest": spec.dataset.digest,
+        "config_digest": settings,
+        "code_version": common.code_version(),
+        "batch": name,
+    }
+
+    def write(found: list[dict]) -> tables.Keyed:
+        rows = [r | lineage | {"key": keys[r["volume"]], "mask": paths[r["volume"]] if with_masks else None} for r in found]
+        return tables.Keyed(table.write(rows), tuple(r["key"] for r in rows))
+
+    marks = storage.join(config.lake, "predictions", "_attempts", name)
+    try:
+        return spark_score.predict(
+            spark, list(batch.values()), champion.url, config.train.device, masks, config.score, segs, write, marks
         )
-        lineage = common.lineage(config, config.score) | {
-            "model_name": registry.model,
-            "model_version": version,
-            "model_digest": model_digest,
-        }
-        for r in rows:
-            r |= lineage | {"key": scoring.key(r["volume"], model_digest, settings)}
-            r["mask"] = paths[r["volume"]] if with_masks else None
-        done += common.commit_once(ledger, rows, "score")
-        of_source = {u: k for k, r in batch.items() for u in r["sources"]}
-        refusals = []
-        for r in rejections:
-            stays = None if r.reason in spark_score.PASSING else of_source[r.uri]
-            refusals.append(spark_catalog.quarantine_row(r, common.lineage(config, config.score), key=stays))
-        if refusals:
-            quarantine.commit([quarantine.write(refusals)])
-        refused += len(batch) - len(rows)
-    left_out = len(set(keys) & parked - scored)
-    common.require_few(refused + left_out, len(keys), config.score.max_refused, "score.max_refused", "volumes")
-    return {"version": version, "scored": done, "before": len(set(keys) & scored), "refused": refused, "parked": left_out}
+    finally:
+        if storage.exists(marks):
+            storage.remove(marks, recursive=True)
+
+
+def _park(config: Config, champion: ledger.Pinned, refusals: list[spark_score.Refusal]):
+    """Write refusals down under the key that they stand for; of one that may pass which attempt it was, of the others once."""
+    if not refusals:
+        return
+    before = ledger.failures(config)
+    known = {(r["key"], r["uri"], r["reason"]) for r in before}
+    attempts: dict[str, int] = {}
+    for r in before:
+        attempts[r["key"]] = max(attempts.get(r["key"], 0), r["attempt"] or 0)
+    rows = []
+    for r in refusals:
+        key, passing = champion.key(r.volume), r.reason in spark_score.PASSING
+        if passing or (key, r.uri, r.reason) not in known:
+            attempt = attempts.get(key, 0) + 1 if passing else None
+            rows.append(spark_catalog.quarantine_row(r, common.lineage(config, config.score), key=key, attempt=attempt))
+    if rows:
+        table = tables.quarantine(config.lake)
+        table.commit([table.write(rows)])
 
 
 def seg_folder(config: Config) -> str | None:
