@@ -10,15 +10,14 @@ import pyarrow.compute as pc
 from sparkmed import scoring, tables
 
 ALL = "all"
-PASSING = scoring.PASSING | {"FAILED"}
-"""Reasons for which a volume is tried again: it waits."""
 
 
-def quarantined(lake: str, since: datetime.datetime | None = None) -> dict[str, tuple[int, int]]:
+def quarantined(lake: str, attempts: int, since: datetime.datetime | None = None) -> dict[str, tuple[int, int]]:
     """By source how many of how many are in quarantine, of what was first seen at or after ``since`` (None: ever).
 
     A series of DICOM counts once however many files it has, and so does every other file; it is in quarantine when a part of it
-    is. What the catalog refused has no modality: it counts in ``all`` only, beside ``modality=CT`` and the like.
+    is; a volume that could not be scored is when it was tried ``attempts`` times. What the catalog refused has no modality: it
+    counts in ``all`` only, beside ``modality=CT`` and the like.
     """
     catalog = tables.catalog(lake)
     finished = catalog.committed("catalog")
@@ -28,14 +27,15 @@ def quarantined(lake: str, since: datetime.datetime | None = None) -> dict[str, 
         recent &= pc.field("seen_at") >= since
     read = catalog.read(columns, recent).to_pylist()
     wanted = pc.field("stage").isin(["catalog", "volumes", "score"])
-    kept_out = tables.quarantine(lake).read(["uri", "container", "run", "stage", "reason", "refused_at", "key"], wanted).to_pylist()
+    columns = ["uri", "container", "run", "stage", "reason", "refused_at", "key", "attempt"]
+    kept_out = tables.quarantine(lake).read(columns, wanted).to_pylist()
     of_catalog = [r for r in kept_out if r["stage"] == "catalog" and r["run"] <= finished]
     if since is not None:
         of_catalog = [r for r in of_catalog if r["refused_at"] >= since]
     last: dict[str, int] = {}
     for r in (*read, *of_catalog):
         last[r["container"]] = max(last.get(r["container"], 0), r["run"])
-    refused_later = {r["uri"] for r in kept_out if r["stage"] == "volumes"} | (parked(kept_out) - _scored(lake))
+    refused_later = {r["uri"] for r in kept_out if r["stage"] == "volumes"} | (parked(kept_out, attempts) - _scored(lake))
     units: dict[tuple, bool] = {}
     for r in read:
         if r["run"] == last[r["container"]] and r["format"] != "gone" and r["kind"] == "image":
@@ -52,9 +52,9 @@ def quarantined(lake: str, since: datetime.datetime | None = None) -> dict[str, 
     return {name: (refused[name], n) for name, n in sorted(total.items()) if n}
 
 
-def parked(rows: Sequence[dict]) -> set[str]:
+def parked(rows: Sequence[dict], attempts: int) -> set[str]:
     """URIs of volumes that are not scored again by themselves, from quarantine rows."""
-    return {r["uri"] for r in rows if r["stage"] == "score" and r["key"] and r["reason"] not in PASSING}
+    return {r["uri"] for r in rows if r["stage"] == "score" and r["key"] and scoring.stays(r, attempts)}
 
 
 def _scored(lake: str) -> set[str]:

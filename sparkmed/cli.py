@@ -18,6 +18,9 @@ VERBS = {
     "rollback": "give the champion alias back to the version before",
     "score": "predict what the champion has not scored yet",
     "watch": "compare new volumes with those that the champion was judged on; count what is refused and what waits",
+    "predictions": "print what the champion says about the present volumes as CSV",
+    "trace": "print where a prediction comes from: files, model, training data",
+    "vacuum": "remove what killed runs left and what was replaced, after a while",
     "report": "write one HTML page about all of it",
     "run": "all stages in order",
     "check": "say what would fail, before it does",
@@ -76,6 +79,7 @@ def _quieten():
 
 def _act(options) -> int:
     from sparkmed import demo, formats, pipeline
+    from sparkmed.pipeline import ledger
 
     if options.verb == "inspect":
         print(formats.inspect(options.uri))
@@ -86,7 +90,22 @@ def _act(options) -> int:
         wanted = configuration.deidentification(options.archive, options.out, options.overrides, options.config)
         print(", ".join(f"{k} {v}" for k, v in pipeline.deidentify(wanted).items()))
         return 0
+    if getattr(options, "retry_quarantined", False):
+        options.overrides.append("score.retry_refused=true")
     config = configuration.load(options.config, options.overrides)
+    if options.verb == "predictions":
+        print(ledger.export(config, options.out).rstrip("\n"))
+        return 0
+    if options.verb == "trace":
+        print(ledger.as_text(ledger.trace(config, options.key)), end="")
+        return 0
+    if options.verb == "vacuum":
+        found = pipeline.vacuum(config, options.dry_run)
+        for leftover in found:
+            print(f"{leftover.bytes:>14}  {leftover.what:<24} {leftover.path}")
+        done = "would be removed" if options.dry_run else "removed"
+        print(f"{len(found)} {done}, {sum(x.bytes for x in found)} bytes, untouched for {config.vacuum.after_days:g} days")
+        return 0
     if options.verb == "check":
         problems = pipeline.check(config, deep=True)
         print("\n".join(f"- {p}" for p in problems) or f"{options.config}: nothing known that would fail")
@@ -110,9 +129,17 @@ def _parser() -> argparse.ArgumentParser:
     for name, meaning in VERBS.items():
         verb = verbs.add_parser(name, help=meaning, description=meaning)
         verb.add_argument("config", metavar="CONFIG", help="YAML file of the project")
+        if name == "trace":
+            verb.add_argument("key", metavar="KEY", help="of a row of predictions, or its beginning; a mask or SEG of one")
         verb.add_argument(
             "overrides", nargs="*", metavar="key=value", help="replaces a value, such as archive=/data lake=/lake train.epochs=5"
         )
+        if name == "score":
+            verb.add_argument("--retry-quarantined", action="store_true", help="try those again that are left out after failures")
+        if name == "vacuum":
+            verb.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+        if name == "predictions":
+            verb.add_argument("--out", metavar="FILE", help="write to a file or URL instead; .csv or .parquet")
     inspect = verbs.add_parser("inspect", help="geometry and headers of a file, a series or a folder")
     inspect.add_argument("uri", metavar="URI")
     clean = verbs.add_parser("deidentify", help="DICOM copies without identity, each proven clean, and a table of what was done")

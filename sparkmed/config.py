@@ -3,6 +3,8 @@
 Every section is frozen; an unknown key is an error that names the nearest known one; every default works on a laptop.
 """
 
+import contextlib
+import datetime
 import difflib
 import hashlib
 import json
@@ -448,6 +450,21 @@ class Cleaning(Section):
     (26; 8)."""
 
 
+def _some_volumes(value: Any) -> Any:
+    """``all``, a date or a share; a :class:`ValueError` says so."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str) and value != "all":
+            value = datetime.date.fromisoformat(value) if "-" in value else float(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "all" or type(value) is datetime.date or (number and 0 <= value <= 1):
+        return value
+    raise ValueError("wanted all, a date such as 2026-01-31 or a share from 0 to 1")
+
+
+NIGHT = {"attempts", "retry_refused", "backfill", "per_night"}
+"""Keys of ``score`` that say which volumes are scored when, not how."""
+
+
 class Score(Section):
     """How new volumes are predicted, and how predictions are written.
 
@@ -477,8 +494,17 @@ class Score(Section):
     """Volumes per commit to the predictions table."""
     max_refused: Share = 0.1
     """Share of volumes that may fail before the stage does."""
+    attempts: Positive = 3
+    """How often a volume is tried, counted over runs, whose failure may pass (its file cannot be read, a worker ran out of memory);
+    then it is left out as one is whose pixels are broken."""
     retry_refused: bool = False
-    """True tries volumes again that this version could not score before."""
+    """True tries volumes again that are left out for that; so does ``sparkmed score --retry-quarantined``, once."""
+    backfill: Annotated[Literal["all"] | datetime.date | float, BeforeValidator(_some_volumes)] = "all"
+    """Which volumes that were scored before, by another model or under other settings, are scored by a new champion: ``all``, those
+    that are there since a date such as 2026-01-31, or a share of them such as 0.1, always the same. New volumes are always
+    scored."""
+    per_night: Positive | None = None
+    """Most volumes that one run scores, new ones first; the next run goes on. None: all."""
     masks: Literal["nifti", "seg", "both"] = "nifti"
     """``nifti`` writes label maps into the lake, under pseudonyms; ``seg`` DICOM SEG of the source series into ``seg_folder``.
     Volumes that were scored before are scored again when this or how SEG are written changes, and only then is a SEG another. A
@@ -500,7 +526,7 @@ class Score(Section):
     @property
     def numbers(self) -> "Score":
         """The same without where and how outputs are written, and without other models: what belongs to a model."""
-        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments", "ensemble", "split_mb"}))
+        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments", "ensemble", "split_mb", *NIGHT}))
 
     @property
     def cleaning(self) -> dict[str, Cleaning]:
@@ -518,6 +544,13 @@ class Score(Section):
         if (mine.mirrors or (), mine.cleaning) == (own.mirrors or (), own.cleaning):
             return []
         return [list(mine.mirrors or ()), {c: clean.model_dump(exclude_defaults=True) for c, clean in mine.cleaning.items()}]
+
+
+class Vacuum(Section):
+    """What is removed that nobody needs: see ``sparkmed vacuum``."""
+
+    after_days: Annotated[float, Field(gt=0)] = 7.0
+    """Days that it must have been left alone; longer than any run takes."""
 
 
 class Tracking(Section):
@@ -562,6 +595,7 @@ class Config(Section):
     promote: Promote = Promote()
     score: Score = Score()
     watch: Watch = Watch()
+    vacuum: Vacuum = Vacuum()
     tracking: Tracking = Tracking()
     spark: Spark = Spark()
     imports: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")], ...] = ()

@@ -18,6 +18,7 @@ SENTENCES = {
     "EMPTY": "The file has no bytes.",
     "UNREADABLE": "The file could not be opened or read.",
     "FAILED": "Scoring broke off for a reason that may pass; it is tried again.",
+    "WORKER_LOST": "The worker died while it scored the volume, of too little memory as a rule; it is tried again.",
     "CHANGED": "The file changed after the catalog read it.",
     # single files
     "ALPHA": "The picture has an alpha channel that is not constant.",

@@ -19,8 +19,14 @@ from sparkmed.learning import inference, metrics
 from sparkmed.learning.model import ClassProbabilities, Model, ModelSpec, Segmentation, blank
 from sparkmed.rejection import Refused
 
-PASSING = frozenset({"UNREADABLE", "CHANGED"})
-"""Reasons that may pass, such as a folder that is not mounted; every other one is about the volume and stays."""
+FAILED, WORKER_LOST = "FAILED", "WORKER_LOST"
+PASSING = frozenset({"UNREADABLE", "CHANGED", FAILED, WORKER_LOST})
+"""Reasons that may pass, such as a folder that is not mounted or a full disk; every other one is about the volume and stays."""
+
+
+def stays(refusal: dict, attempts: int) -> bool:
+    """Whether a volume is not tried again, by a quarantine row of it: it is broken, or has failed ``attempts`` times."""
+    return refusal["reason"] not in PASSING or refusal["attempt"] is None or refusal["attempt"] >= attempts
 
 
 def key(volume: str, model_digest: str, config_digest: str) -> str:

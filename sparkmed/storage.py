@@ -197,6 +197,27 @@ def write_bytes(url: str, data: bytes):
     fs.pipe_file(path, data)  # object stores show an object when its last byte is there
 
 
+def create(url: str, data: bytes) -> bool:
+    """Write a file unless there is one; whether it was written. Of several who try on a local disk one succeeds; a remote store may
+    let two believe so."""
+    path = local_path(url)
+    if path is None:
+        fs, target = filesystem(url)
+        fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        try:
+            fs.pipe_file(target, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("xb") as f:
+            f.write(data)
+    except FileExistsError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def writing(url: str):
     """A file object for a whole file, which is there when the block ends, and not when the block raises."""

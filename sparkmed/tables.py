@@ -4,19 +4,23 @@ A task writes a Parquet file into the folder of the table and returns a :class:`
 returned files in one step. A file of a task that was killed, retried or run twice is never committed.
 """
 
+import datetime
 import io
 import json
+import logging
 import re
 import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
@@ -24,6 +28,9 @@ from sparkmed import storage
 from sparkmed.rejection import InputError
 
 _MISREAD = re.compile(r"\\|%[0-9A-Fa-f]{2}")  # delta-kernel decodes a local path twice, and takes a backslash for a slash
+SMALL, MANY = 8 << 20, 64
+"""Bytes below which a file is small, and how many small files are many."""
+log = logging.getLogger(__name__)
 _TIME = pa.timestamp("us", tz="UTC")
 _FILE = [
     ("uri", pa.string()),
@@ -62,6 +69,7 @@ QUARANTINE = pa.schema(
         ("reason", pa.string()),
         ("message", pa.string()),
         ("key", pa.string()),  # what was refused: a prediction (score), a volume of a dataset (patches)
+        ("attempt", pa.int64()),  # the how-manieth of the prediction failed
         ("refused_at", _TIME),
         ("identity", pa.string()),  # as in the catalog; null in other stages
         *_LINEAGE,
@@ -90,15 +98,26 @@ VOLUMES = pa.schema(
         *_LINEAGE,
     ]
 )
+SEEN = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("first_seen", _TIME),
+        ("sources", pa.list_(pa.string())),
+        ("source_paths", pa.list_(pa.string())),
+        ("source_sha256", pa.list_(pa.string())),
+    ]
+)
 PREDICTIONS = pa.schema(
     [
-        ("key", pa.string()),  # digest of (volume, model, config): each key once
+        ("key", pa.string()),  # digest of (volume, model_digest, config_digest): each key once
         ("volume", pa.string()),
         ("subject", pa.string()),
         ("split", pa.string()),
         ("model_name", pa.string()),
         ("model_version", pa.string()),
         ("model_digest", pa.string()),
+        ("model_run", pa.string()),  # MLflow's
+        ("dataset_digest", pa.string()),  # of what the model was trained on
         ("predicted", pa.string()),  # class name (classification)
         ("probability", pa.list_(pa.float64())),  # per class: of the image, or mean over its voxels where the class was predicted
         ("ml", pa.list_(pa.float64())),  # per class (segmentation)
@@ -114,6 +133,7 @@ PREDICTIONS = pa.schema(
         ("seconds", pa.float64()),
         ("device", pa.string()),
         ("scored_at", _TIME),
+        ("batch", pa.string()),  # the run that scored it, by its start, and which of its commits
         *_LINEAGE,
     ]
 )
@@ -199,6 +219,13 @@ class DataFile:
     rows: int
 
 
+class Keyed(NamedTuple):
+    """A file of a table whose rows have a key each, and those keys."""
+
+    file: DataFile
+    keys: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Table:
     """A Delta table at ``url``. All methods but :meth:`write` are for the driver."""
@@ -215,23 +242,30 @@ class Table:
         storage.write_bytes(storage.join(self.url, path), buffer.getvalue())
         return DataFile(path, buffer.tell(), data.num_rows)
 
-    def commit(self, files: Iterable[DataFile], fence: tuple[str, int] | None = None, replace: Iterable[str] = ()):
+    def commit(
+        self,
+        files: Iterable[DataFile],
+        fence: tuple[str, int] | None = None,
+        replace: Iterable[str] = (),
+        same_rows: bool = False,
+    ):
         """Make files visible, and those named in ``replace`` invisible, in one step.
 
         ``fence`` is (writer, number): raises :class:`Conflict` when that writer's number is already at or above it, whoever was
-        faster.
+        faster. ``same_rows`` says that nothing is new but the files. A table made by an earlier version gets the columns that it
+        lacks; they are null in its rows.
         """
         add = [f for f in files if f.rows]
         gone = set(replace)
-        table = self._open(create=True)
+        table = self._widened(self._open(create=True))
         if fence and (table.transaction_version(fence[0]) or 0) >= fence[1]:
             raise Conflict(f"{self.url}: {fence[0]} {fence[1]} is already in")
         now = int(time.time() * 1000)
-        actions = [AddAction(f.path, f.bytes, {}, now, True, json.dumps({"numRecords": f.rows})) for f in add]
+        actions = [AddAction(f.path, f.bytes, {}, now, not same_rows, json.dumps({"numRecords": f.rows})) for f in add]
         current = table.get_add_actions(flatten=True)
         for path, size in zip(current["path"].to_pylist(), current["size_bytes"].to_pylist(), strict=True):
             if path in gone:
-                actions.append(RemoveAction(path, True, now, size, {}))
+                actions.append(RemoveAction(path, not same_rows, now, size, {}))
         properties = CommitProperties(app_transactions=[Transaction(*fence)] if fence else None)
         try:
             table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
@@ -266,15 +300,50 @@ class Table:
             if name not in committed and newest is not None and file.mtime_ns < newest:
                 storage.remove(file.uri)
 
-    def read(self, columns: list[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
-        """The committed rows; an empty table when nothing was ever committed."""
-        uris = self.uris()
+    def compact(self, writer: str):
+        """Put small files together when there are many, in one step under the fence of ``writer``, the only name to commit under.
+
+        The files that were replaced stay for those who read an earlier version; :meth:`orphans` tells when they may go.
+        """
+        number, table = self.committed(writer), self._open()
+        if table is None:
+            return
+        current = table.get_add_actions(flatten=True)
+        sizes = dict(zip(current["path"].to_pylist(), current["size_bytes"].to_pylist(), strict=True))
+        small = [path for path, size in sizes.items() if size < SMALL]
+        if len(small) < MANY:
+            return
+        try:
+            self.commit([self.write(self.read(files=small))], (writer, number + 1), replace=small, same_rows=True)
+        except Conflict:
+            log.info("%s is written to by another run; its small files are put together next time", self.url)
+
+    def orphans(self, before: datetime.datetime) -> list[storage.File]:
+        """Data files older than ``before`` that no version of the table names that was the newest then or later.
+
+        A task that wrote a file before then and still runs, or somebody who still reads a version that was replaced before then,
+        would miss them.
+        """
+        table = self._open()
+        if table is None:
+            return []
+        named = set(self.paths())
+        table.load_as_version(before)
+        named |= set(table.get_add_actions(flatten=True)["path"].to_pylist())
+        files = [f for f in storage.walk(self.url) if "/" not in f.path and f.path.endswith(".parquet")]
+        return [f for f in files if f.path not in named and f.mtime_ns < before.timestamp() * 1e9]
+
+    def read(
+        self, columns: list[str] | None = None, where: pc.Expression | None = None, files: Iterable[str] | None = None
+    ) -> pa.Table:
+        """The committed rows; an empty table when nothing was ever committed. ``files`` reads the named files instead."""
+        uris = self.uris() if files is None else [storage.join(self.url, name) for name in files]
         if not uris:
             names = columns or self.schema.names
             return pa.schema([self.schema.field(n) for n in names]).empty_table()
         fs = storage.filesystem(self.url)[0]
-        files = [storage.filesystem(u)[1] for u in uris]
-        return pa.dataset.dataset(files, self.schema, format="parquet", filesystem=fs).to_table(columns, where)
+        paths = [storage.filesystem(u)[1] for u in uris]
+        return pa.dataset.dataset(paths, self.schema, format="parquet", filesystem=fs).to_table(columns, where)
 
     def rows(self, where: pc.Expression | None = None) -> list[dict]:
         return self.read(where=where).to_pylist()
@@ -292,6 +361,18 @@ class Table:
                 return None
         storage.makedirs(self.url)
         return DeltaTable.create(target, self.schema, mode="ignore")
+
+    def _widened(self, table: DeltaTable) -> DeltaTable:
+        """The table with all columns of :attr:`schema`."""
+        known = {f.name for f in table.schema().fields}
+        missing = [f for f in self.schema if f.name not in known]
+        if missing:
+            try:
+                table.alter.add_columns(DeltaSchema.from_arrow(pa.schema(missing)).fields)
+            except CommitFailedError as e:
+                raise Conflict(f"{self.url}: {e}") from e
+            table = self._open()
+        return table
 
 
 def _checked(row: dict, schema: pa.Schema) -> dict:
@@ -313,6 +394,11 @@ def quarantine(lake: str) -> Table:
 
 def volumes(lake: str) -> Table:
     return Table(storage.join(lake, "volumes"), VOLUMES)
+
+
+def seen(lake: str) -> Table:
+    """Every volume that ever was in ``volumes/``: since when, and its sources. It names files, so it lies where those rows do."""
+    return Table(storage.join(lake, "volumes", "_seen"), SEEN)
 
 
 def predictions(lake: str) -> Table:

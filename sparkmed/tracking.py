@@ -113,8 +113,11 @@ class Registry:
 
     def latest(self) -> str | None:
         """The version registered last, None without any."""
-        versions = [int(v.version) for v in self.client.search_model_versions(f"name='{self.model}'")]
-        return str(max(versions)) if versions else None
+        versions = self.versions()
+        return max(versions, key=int) if versions else None
+
+    def versions(self) -> set[str]:
+        return {str(v.version) for v in self.client.search_model_versions(f"name='{self.model}'")}
 
     def crown(self, version: str, reason: str):
         """Move the champion alias, and write the reason on the version."""

@@ -22,7 +22,7 @@ LAYERS = [
     {"rejection"},
     {"config", "reasons"},
     {"storage"},
-    {"cache", "identity", "imaging", "tables"},
+    {"cache", "identity", "imaging", "lease", "tables"},
     {"formats", "pictures"},
     {"cohort", "dataset", "drift"},
     {"learning"},

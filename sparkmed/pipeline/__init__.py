@@ -9,22 +9,30 @@ from collections.abc import Callable
 
 from sparkmed import cohort, report, tracking
 from sparkmed.config import Config
-from sparkmed.pipeline import common, data
+from sparkmed.pipeline import common, data, ledger, promotion
 from sparkmed.pipeline.common import StageFailed
 from sparkmed.pipeline.data import catalog, deidentify, patches, volumes
+from sparkmed.pipeline.ledger import current
 from sparkmed.pipeline.nightly import score, seg_folder
-from sparkmed.pipeline.promotion import promote, rollback
+from sparkmed.pipeline.promotion import rollback
 from sparkmed.pipeline.training import train
+from sparkmed.pipeline.vacuum import vacuum
 from sparkmed.pipeline.watch import status, watch
 from sparkmed.rejection import InputError
 from sparkmed.training import launch
 
 __all__ = [
-    "STAGES", "StageFailed", "catalog", "check", "deidentify", "make_report", "patches", "promote", "rollback", "run", "run_stage",
-    "score", "status", "train", "volumes", "watch",
+    "STAGES", "StageFailed", "catalog", "check", "current", "deidentify", "make_report", "patches", "promote", "rollback", "run",
+    "run_stage", "score", "status", "train", "vacuum", "volumes", "watch",
 ]  # fmt: skip
 
 log = logging.getLogger("sparkmed")
+
+
+def promote(config: Config) -> dict:
+    """Choose the champion; of a new one, what it will score from now on, and in how many nights."""
+    outcome = promotion.promote(config)
+    return outcome | (ledger.outlook(config) if outcome["action"] == "promoted" else {})
 
 
 def make_report(config: Config) -> dict:

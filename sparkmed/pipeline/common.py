@@ -1,15 +1,18 @@
 """What the verbs share: rows they start from, lineage, and commits that hold each key once."""
 
+import datetime
 import logging
+from collections.abc import Sequence
 
 import sparkmed
-from sparkmed import dataset, identity, storage, tables, tracking
+from sparkmed import arrivals, dataset, identity, storage, tables, tracking
 from sparkmed.config import Config, digest
 from sparkmed.learning import model as models
 from sparkmed.rejection import InputError
 from sparkmed.spark import session as spark_session
 
 log = logging.getLogger("sparkmed")
+SEEN = "seen"
 
 
 class StageFailed(Exception):
@@ -68,16 +71,54 @@ def require_few(refused: int, total: int, most: float, setting: str, what: str):
 
 
 def commit_once(ledger: tables.Table, rows: list[dict], writer: str) -> int:
-    """Commit the rows whose keys the ledger does not hold yet; how many. A rival's commit in between is looked at again."""
+    """:func:`commit_files` of rows that this process holds."""
+    return commit_files(ledger, [tables.Keyed(ledger.write(rows), tuple(r["key"] for r in rows))], writer) if rows else 0
+
+
+def commit_files(ledger: tables.Table, written: Sequence[tables.Keyed], writer: str) -> int:
+    """Commit the rows whose keys the ledger does not hold yet, in one step; how many.
+
+    Only names of files are committed, but a file that holds keys of a rival too is written again without them. A rival's commit in
+    between is looked at again.
+    """
     while True:
         number = ledger.committed(writer)
         present = set(ledger.read(["key"])["key"].to_pylist())
-        new = [r for r in rows if r["key"] not in present]
+        files, new = [], 0
+        for file, keys in written:
+            fresh = set(keys) - present
+            if len(fresh) < len(keys):
+                rows = {r["key"]: r for r in ledger.read(files=[file.path]).to_pylist()} if fresh else {}
+                file = ledger.write([rows[k] for k in sorted(fresh)])
+            files.append(file)
+            present |= fresh
+            new += len(fresh)
         if not new:
             return 0
         try:
-            ledger.commit([ledger.write(new)], (writer, number + 1))
-            return len(new)
+            ledger.commit(files, (writer, number + 1))
+            return new
+        except tables.Conflict:
+            continue
+
+
+def remember(config: Config):
+    """Write down since when the volumes are there, and their sources: a later archive may have others in their place."""
+    table = tables.seen(config.lake)
+    while True:
+        number = table.committed(SEEN)
+        known = set(table.read(["uid"])["uid"].to_pylist())
+        new = [r for r in tables.volumes(config.lake).rows() if r["uid"] not in known]
+        if not new:
+            return
+        now, seen = datetime.datetime.now(datetime.UTC), arrivals.first_seen(config.lake, new)
+        rows = [
+            {"first_seen": seen.get(r["uid"], now)} | {k: r[k] for k in ("uid", "sources", "source_paths", "source_sha256")}
+            for r in new
+        ]
+        try:
+            table.commit([table.write(rows)], (SEEN, number + 1))
+            return
         except tables.Conflict:
             continue
 

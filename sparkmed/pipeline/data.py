@@ -59,6 +59,7 @@ def _catalog(config: Config, key: bytes | None) -> dict:
 
 def _make_volumes(config: Config, key: bytes | None) -> dict:
     counts = spark_volumes.build(common.spark_of(config), config, key, common.lineage(config, config.volumes, config.identity))
+    common.remember(config)
     common.require_few(counts["refused"], counts["files"], config.volumes.max_refused, "volumes.max_refused", "files")
     return counts
 

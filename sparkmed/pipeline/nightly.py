@@ -1,10 +1,12 @@
 """Score what the champion has not scored yet, each volume once."""
 
+import datetime
 import logging
+import uuid
 
-from sparkmed import scoring, storage, tables, tracking
+from sparkmed import lease, scoring, storage, tables
 from sparkmed.config import Config
-from sparkmed.pipeline import common
+from sparkmed.pipeline import common, ledger
 from sparkmed.pipeline.watch import watch
 from sparkmed.rejection import InputError
 from sparkmed.spark import catalog as spark_catalog
@@ -14,52 +16,99 @@ log = logging.getLogger("sparkmed")
 
 
 def score(config: Config) -> dict:
-    """Predict with the champion, or the ensemble, every volume that it has not scored under these settings."""
-    registry = tracking.of(config)
-    registry.check()
-    model_url, version = common.scored(config, registry)
-    model_digest, settings = common.model_digest(model_url), common.settings_digest(config, model_url)
-    with_masks = config.task == "segmentation" and config.score.masks != "seg"
-    segs = seg_folder(config) and scoring.SegFolder(seg_folder(config), registry.model, version, model_digest, settings)
-    ledger = tables.predictions(config.lake)
-    keys = {scoring.key(r["uid"], model_digest, settings): r for r in common.volume_rows(config)}
-    quarantine = tables.quarantine(config.lake)
-    parked = set() if config.score.retry_refused else set(quarantine.read(["key"])["key"].to_pylist())
-    scored = set(ledger.read(["key"])["key"].to_pylist())
-    todo = [k for k in sorted(keys) if k not in scored and k not in parked]
-    log.info("version %s of %s; %d of %d volumes to score", version, registry.model, len(todo), len(keys))
+    """Predict with the champion, or the ensemble, the volumes that it has not scored under these settings, as far as the config
+    says.
+
+    Of two runs at once the second waits for the first, and finds what is left. That saves work only: the ledger takes each key
+    once, whoever wrote it.
+    """
+    folder = seg_folder(config)
+    with lease.held(lease.url(config.lake, "score"), f"the predictions of lake {config.lake}"):
+        return _score(config, folder)
+
+
+def _score(config: Config, folder: str | None) -> dict:
+    champion = ledger.pinned(config)
+    common.remember(config)
+    plan = ledger.plan(config, champion)
+    todo = plan.tonight(config)
+    waiting = len(plan.new) + len(plan.backfill) - len(todo)
+    log.info(
+        "version %s of %s; of %d volumes %d are new and %d are backfill, %d of them tonight",
+        champion.version, champion.registry.model, len(plan.rows), len(plan.new), len(plan.backfill), len(todo),
+    )  # fmt: skip
+    predictions = tables.predictions(config.lake)
+    run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     done = refused = 0
     spark = common.spark_of(config) if todo else None
-    for start in range(0, len(todo), config.score.commit_every):
-        batch = {k: keys[k] for k in todo[start : start + config.score.commit_every]}
-        paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
-        masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
-        rows, rejections = spark_score.predict(
-            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs, config.imports,
-            storage.join(config.lake, "scratch"), config.score.split_mb,
+    for number, start in enumerate(range(0, len(todo), config.score.commit_every)):
+        held = set(predictions.read(["key"])["key"].to_pylist())  # a rival may have been faster
+        batch = {k: plan.rows[k] for k in todo[start : start + config.score.commit_every] if k not in held}
+        written, refusals = _predict(config, spark, champion, batch, f"{run}/{number}", folder)
+        _park(config, champion, refusals)  # first: what is predicted without a SEG would not be looked at again
+        done += common.commit_files(predictions, written, spark_score.STAGE)
+        refused += len(batch) - sum(len(w.keys) for w in written)
+    if todo:
+        predictions.compact(spark_score.STAGE)
+    alarms = watch(config)["alarms"] if champion.registry.champion() else "none"  # an ensemble needs no champion
+    common.require_few(refused + len(plan.parked), len(plan.rows), config.score.max_refused, "score.max_refused", "volumes")
+    counts = {"scored": done, "before": len(plan.scored), "refused": refused, "parked": len(plan.parked), "waiting": waiting}
+    return {"version": champion.version, **counts, "alarms": alarms}
+
+
+def _predict(
+    config: Config, spark, champion: ledger.Pinned, batch: dict[str, dict], name: str, folder: str | None
+) -> tuple[list[tables.Keyed], list[spark_score.Refusal]]:
+    """Files of prediction rows that the executors have written into the ledger's folder, which no commit names yet; refusals."""
+    registry, version, settings = champion.registry, champion.version, champion.settings
+    segs = folder and scoring.SegFolder(folder, registry.model, version, champion.model_digest, settings)
+    with_masks = config.task == "segmentation" and config.score.masks != "seg"
+    paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
+    masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
+    table, keys = tables.predictions(config.lake), {r["uid"]: k for k, r in batch.items()}
+    lineage = {
+        "model_name": registry.model,
+        "model_version": version,
+        "model_digest": champion.model_digest,
+        **champion.origin(),
+        "config_digest": settings,
+        "code_version": common.code_version(),
+        "batch": name,
+    }
+
+    def write(found: list[dict]) -> tables.Keyed:
+        rows = [r | lineage | {"key": keys[r["volume"]], "mask": paths[r["volume"]] if with_masks else None} for r in found]
+        return tables.Keyed(table.write(rows), tuple(r["key"] for r in rows))
+
+    marks = storage.join(config.lake, "predictions", "_attempts", name)
+    try:
+        return spark_score.predict(
+            spark, list(batch.values()), champion.url, config.train.device, masks, config.score, segs, config.imports,
+            storage.join(config.lake, "scratch"), config.score.split_mb, write, marks,
         )  # fmt: skip
-        lineage = common.lineage(config, config.score) | {
-            "model_name": registry.model,
-            "model_version": version,
-            "model_digest": model_digest,
-        }
-        for r in rows:
-            r |= lineage | {"key": scoring.key(r["volume"], model_digest, settings)}
-            r["mask"] = paths[r["volume"]] if with_masks else None
-        done += common.commit_once(ledger, rows, "score")
-        of_source = {u: k for k, r in batch.items() for u in r["sources"]}
-        refusals = []
-        for r in rejections:
-            stays = None if r.reason in spark_score.PASSING else of_source[r.uri]
-            refusals.append(spark_catalog.quarantine_row(r, common.lineage(config, config.score), key=stays))
-        if refusals:
-            quarantine.commit([quarantine.write(refusals)])
-        refused += len(batch) - len(rows)
-    left_out = len(set(keys) & parked - scored)
-    alarms = watch(config)["alarms"]
-    common.require_few(refused + left_out, len(keys), config.score.max_refused, "score.max_refused", "volumes")
-    before = len(set(keys) & scored)
-    return {"version": version, "scored": done, "before": before, "refused": refused, "parked": left_out, "alarms": alarms}
+    finally:
+        if storage.exists(marks):
+            storage.remove(marks, recursive=True)
+
+
+def _park(config: Config, champion: ledger.Pinned, refusals: list[spark_score.Refusal]):
+    """Write refusals down under the key that they stand for; of one that may pass which attempt it was, of the others once."""
+    if not refusals:
+        return
+    before = ledger.failures(config)
+    known = {(r["key"], r["uri"], r["reason"]) for r in before}
+    attempts: dict[str, int] = {}
+    for r in before:
+        attempts[r["key"]] = max(attempts.get(r["key"], 0), r["attempt"] or 0)
+    rows = []
+    for r in refusals:
+        key, passing = champion.key(r.volume), r.reason in scoring.PASSING
+        if passing or (key, r.uri, r.reason) not in known:
+            attempt = attempts.get(key, 0) + 1 if passing else None
+            rows.append(spark_catalog.quarantine_row(r, common.lineage(config, config.score), key=key, attempt=attempt))
+    if rows:
+        table = tables.quarantine(config.lake)
+        table.commit([table.write(rows)])
 
 
 def seg_folder(config: Config) -> str | None:

@@ -128,7 +128,7 @@ def fingerprint(config: Config, registry: tracking.Registry, version: str, judge
         sample = drift.Sample.of(values)
         lists = {"values": sample.values.tolist(), "edges": sample.edges.tolist()}
         rows.append({"source": source, "figure": figure, "subjects": len(values), **lists})
-    for source, (refused, total) in arrivals.quarantined(config.lake).items():
+    for source, (refused, total) in arrivals.quarantined(config.lake, config.score.attempts).items():
         rows.append({"source": source, "figure": QUARANTINED, "values": [float(refused), float(total)], "edges": []})
     for r in rows:
         r |= facts | {"key": digest([name, r["source"], r["figure"]])[:32]}

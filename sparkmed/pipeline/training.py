@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 
-from sparkmed import dataset, report, scoring, storage, tracking
+from sparkmed import dataset, lease, report, scoring, storage, tracking
 from sparkmed.config import PLACE_KEYS, Config, Score, digest
 from sparkmed.learning import metrics
 from sparkmed.pipeline import common
@@ -28,9 +28,14 @@ def train(config: Config) -> dict:
     training = digest(facts["digest"], how, config.score.overlap, config.score.blending, *config.score.changes(Score()))[:16]
     registry = tracking.of(config)
     registry.check()
-    done = registry.trained(training)
-    if done:
-        return {"version": done, "already": "trained"}
+    with lease.held(lease.url(config.lake, f"train-{training}"), f"training {training}"):
+        done = registry.trained(training)  # of two at once the second has waited for the first
+        if done:
+            return {"version": done, "already": "trained"}
+        return _train(config, registry, training, rows, url, facts)
+
+
+def _train(config: Config, registry: tracking.Registry, training: str, rows: list[dict], url: str, facts: dict) -> dict:
     slots, python = common.slots(config), None
     if slots is not None:
         python = common.spark_of(config).sparkContext.pythonExec  # of the executors: on YARN the packed environment's

@@ -131,7 +131,7 @@ def _newest(config: Config, volumes: list[dict], model_digest: str) -> dict[str,
 def _quarantine(config: Config, kept: list[dict], now: datetime.datetime) -> list[dict]:
     settings = config.watch
     then = {r["source"]: (int(r["values"][0]), int(r["values"][1])) for r in kept if r["figure"] == QUARANTINED}
-    arrived = arrivals.quarantined(config.lake, now - settings.quarantine_days * DAY)
+    arrived = arrivals.quarantined(config.lake, config.score.attempts, now - settings.quarantine_days * DAY)
     found = []
     for source, (refused, total) in arrived.items():
         before = then.get(source, (0, 0))
@@ -151,12 +151,9 @@ def _service(config: Config, model: str, model_digest: str, volumes: list[dict],
     does not wait."""
     done = tables.predictions(config.lake).read(["volume", "model_name", "model_digest", "scored_at", "seconds"]).to_pylist()
     done = [r for r in done if r["model_name"] == model]
-    kept_out = (
-        tables.quarantine(config.lake)
-        .read(["uri", "stage", "reason", "key", "refused_at"], pc.field("stage") == "score")
-        .to_pylist()
-    )
-    held = arrivals.parked(kept_out)
+    columns = ["uri", "stage", "reason", "key", "refused_at", "attempt"]
+    kept_out = tables.quarantine(config.lake).read(columns, pc.field("stage") == "score").to_pylist()
+    held = arrivals.parked(kept_out, config.score.attempts)
     by_any, by_champion = {r["volume"] for r in done}, {r["volume"] for r in done if r["model_digest"] == model_digest}
     free = [r for r in volumes if r["uid"] in by_any or not held & set(r["sources"])]
     waiting = [r for r in free if r["uid"] not in by_any]

@@ -3,9 +3,11 @@
 import dataclasses
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pyspark import TaskContext
 from pyspark.sql import SparkSession
 
 from sparkmed import scoring, storage
@@ -17,12 +19,16 @@ from sparkmed.spark.session import decoding, packed
 
 log = logging.getLogger(__name__)
 STAGE = "score"
-FAILED = "FAILED"
-PASSING = scoring.PASSING | {FAILED}
-"""Reasons that may pass, now with a full disk and the like."""
 WORTH_CUTTING_MB = 256.0
 """A smaller volume is scored in one task, even if that is the longest."""
 _loaded: dict[tuple[str, ...], Model] = {}
+
+
+@dataclass(frozen=True)
+class Refusal(Rejection):
+    """Why one volume of a file was refused; the file may hold others."""
+
+    volume: str = ""
 
 
 def predict(
@@ -36,11 +42,14 @@ def predict(
     imports: Sequence[str] = (),
     scratch: str | None = None,
     split_mb: float | None = None,
-) -> tuple[list[dict], list[Rejection]]:
+    write: Callable[[list[dict]], Any] | None = None,
+    marks: str | None = None,
+) -> tuple[list, list[Refusal]]:
     """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map.
 
     ``settings`` replace those that the model was trained with; ``segs`` is where DICOM SEG go. A volume whose SEG cannot be
-    written has a prediction all the same, and a refusal that says why. ``imports`` are those of the config.
+    written has a prediction all the same, and a refusal that says why. ``imports`` are those of the config. With ``write`` a task
+    gives its rows to it, and what that returns comes back in their place. ``marks`` is a folder for :func:`_surviving`.
 
     A segmentation of more than ``split_mb`` MB (:func:`scoring.megabytes`), or so large that it would take longer than a slot's
     share of all, is scored in parts, through files below ``scratch``, which all nodes see. Without ``scratch`` none is.
@@ -61,33 +70,64 @@ def predict(
     here = storage.join(scratch, uuid.uuid4().hex) if cut else None
     try:
         if here:
-            parts, refused = _in_parts(spark, cut, specs[0], load, here, slots)
+            parts, refused = _in_parts(spark, cut, specs[0], load, here, slots, marks)
             costs |= {uid: 0.1 * costs[uid] for uid in parts}  # what is left
         whole = [r for r in rows if r["uid"] not in refused]
         tasks = _tasks(whole, [costs[r["uid"]] for r in whole], slots)
 
         def run(volumes):
-            model = load()
+            model, predictions, refusals = load(), [], []
             with decoding():
-                for row in volumes:
+                for row, deadly in _surviving(volumes, marks):
                     mask = masks[row["uid"]] if masks else None
-                    if row["uid"] in parts:
+                    if deadly:
+                        prediction, reasons = None, _lost(row)
+                    elif row["uid"] in parts:
                         prediction, reasons = _tried(row, scoring.joined, model, row, parts[row["uid"]], mask, segs)
                     else:
                         prediction, reasons = _tried(row, scoring.score, model, row, mask, segs)
                     no_seg = prediction.pop("seg_refused", None) if prediction else None
-                    yield prediction, [no_seg.at(uri, STAGE) for uri in row["sources"]] if no_seg else reasons
+                    refusals += _of(row, [no_seg.at(uri, STAGE) for uri in row["sources"]] if no_seg else reasons)
+                    predictions += [prediction] if prediction else []
+            without = [r for r in refusals if r.volume in {p["volume"] for p in predictions}]
+            return [write(predictions)] if write and predictions else predictions, refusals, without
 
-        outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).flatMap(run).collect() if tasks else []
+        outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).map(run).collect() if tasks else []
     finally:
         if here and storage.exists(here):
             storage.remove(here, recursive=True)
-    outcomes += [(None, reasons) for reasons in refused.values()]
-    without = [reasons[0] for p, reasons in outcomes if p and reasons]
+    found, refusals, without = ([x for o in outcomes for x in o[n]] for n in range(3))
+    refusals += [r for row in rows if row["uid"] in refused for r in _of(row, refused[row["uid"]])]
     if without:
         message = "%d predictions have no DICOM SEG; the first because: %s (%s). Which they are is in the quarantine table"
-        log.warning(message, len(without), without[0].message, without[0].reason)
-    return [p for p, _ in outcomes if p], [r for _, reasons in outcomes for r in reasons]
+        log.warning(message, len({r.volume for r in without}), without[0].message, without[0].reason)
+    return found, refusals
+
+
+def _of(row: dict, reasons: list[Rejection]) -> list[Refusal]:
+    return [Refusal(r.uri, r.stage, r.reason, r.message, row["uid"]) for r in reasons]
+
+
+def _lost(row: dict) -> list[Rejection]:
+    message = "the worker died while it was scored, of too little memory as a rule; it is tried again next time"
+    return [Rejection(uri, STAGE, scoring.WORKER_LOST, message) for uri in row["sources"]]
+
+
+def _surviving(volumes: Iterable[dict], marks: str | None) -> Iterator[tuple[dict, bool]]:
+    """Each volume, and whether it was at work when an attempt at this task before this one died.
+
+    The first attempt leaves no mark: only when it has died do others write into ``marks`` which volume they are at. So a volume
+    that kills its worker, by its size as a rule, costs two attempts of the four that Spark makes.
+    """
+    tried = marks is not None and TaskContext.get().attemptNumber() > 0
+    for row in volumes:
+        mark = tried and storage.join(marks, row["uid"])
+        deadly = bool(mark) and storage.exists(mark)
+        if mark and not deadly:
+            storage.write_bytes(mark, b"")
+        yield row, deadly
+        if mark and not deadly:
+            storage.remove(mark)
 
 
 def _tried(row: dict, do: Callable, *arguments) -> tuple[Any, list[Rejection]]:
@@ -98,7 +138,7 @@ def _tried(row: dict, do: Callable, *arguments) -> tuple[Any, list[Rejection]]:
         return None, [e.at(uri, STAGE) for uri in row["sources"]]
     except (RuntimeError, ValueError, OSError, MemoryError) as e:
         message = f"{type(e).__name__} while it was scored; it is tried again next time"
-        return None, [Rejection(uri, STAGE, FAILED, message) for uri in row["sources"]]
+        return None, [Rejection(uri, STAGE, scoring.FAILED, message) for uri in row["sources"]]
 
 
 def _tasks(items: list, weights: list[float], slots: int) -> list[list]:
@@ -123,7 +163,7 @@ def _cut(rows: Sequence[dict], spec: ModelSpec, costs: dict[str, float], slots: 
 
 
 def _in_parts(
-    spark: SparkSession, rows: list[dict], spec: ModelSpec, load: Callable[[], Model], url: str, slots: int
+    spark: SparkSession, rows: list[dict], spec: ModelSpec, load: Callable[[], Model], url: str, slots: int, marks: str | None
 ) -> tuple[dict[str, scoring.Parts], dict[str, list[Rejection]]]:
     """By uid of these volumes their parts, blocks and all, ready to be joined; and why others have none.
 
@@ -132,7 +172,10 @@ def _in_parts(
 
     def spread(row):
         with decoding():
-            return _tried(row, scoring.spread, load(), row, storage.join(url, row["uid"]))
+            for _, deadly in _surviving([row], marks):
+                if deadly:
+                    return None, _lost(row)
+                return _tried(row, scoring.spread, load(), row, storage.join(url, row["uid"]))
 
     def score(blocks):
         model = load()
