@@ -39,7 +39,7 @@ def crowned(settings, tmp_path):
         registry.crown(run.register(str(tmp_path / "model"), {}), "by hand")
 
 
-def test_predictions_go_back_as_seg_and_the_lake_names_nobody(spark, tmp_path):
+def test_predictions_go_back_as_seg_and_the_lake_names_nobody(spark, tmp_path, caplog):
     for s in range(2):
         series = dicoms.series(dicoms.stack((18, 14, 9), seed=s), SeriesInstanceUID=f"1.2.{s}")
         dicoms.write(tmp_path / "archive" / str(s), series)
@@ -79,6 +79,8 @@ def test_predictions_go_back_as_seg_and_the_lake_names_nobody(spark, tmp_path):
     assert len(list((tmp_path / "segs").iterdir())) == 4
     reasons = [r["reason"] for r in tables.quarantine(settings.lake).rows() if r["stage"] == "score"]
     assert reasons == ["SEG_SOURCE"] * 18, "every slice says why"
+    assert "2 predictions have no DICOM SEG" in caplog.text and f"{tmp_path}/archive" not in caplog.text, "paths may name patients"
+    assert dicoms.SECRET not in caplog.text and dicoms.SECRET.encode() not in (tmp_path / "ml.db").read_bytes()
 
     inside = project(tmp_path, masks="seg", seg_folder=str(tmp_path / "lake" / "segs"))
     with pytest.raises(InputError, match="is in the lake"):
