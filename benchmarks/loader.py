@@ -1,6 +1,6 @@
 """How fast PatchLoader is, what memory it takes, and what a resume costs, beside plain pyarrow and Petastorm's DataLoader.
 
-usage: python benchmarks/loader.py [mb=250] [turns=5] [batch=16] [memory_mb=64] [window_mb=16] [folder=FOLDER]
+usage: python benchmarks/loader.py [mb=400] [turns=5] [batch=16] [memory_mb=256] [window_mb=16] [folder=FOLDER]
 
 Prints one JSON object. Datasets of ``mb`` MB before compression with row groups of 8 MB are made in ``folder`` (default: the
 temporary one) and removed: float32 32^3 and int16 64^2 patches, uncompressed and zstd, each with a number as its target.
@@ -246,7 +246,7 @@ def resume(url: str, batch: int, turns: int) -> dict:
 
 
 if __name__ == "__main__":
-    defaults = {"mb": 250.0, "turns": 5, "batch": 16, "memory_mb": 64.0, "window_mb": 16.0}
+    defaults = {"mb": 400.0, "turns": 5, "batch": 16, "memory_mb": 256.0, "window_mb": 16.0}
     given = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
     rest = [a for a in sys.argv[1:] if "=" not in a]
     if set(given) - {*defaults, "folder"} or (rest and (rest[0], len(rest)) != ("--watch", 2)):

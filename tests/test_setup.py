@@ -114,6 +114,7 @@ case "$*" in
     sleep "$(cat "$here/seconds")"
     if [ -e "$here/does-not-build" ]; then echo "error: no C++17" >&2; exit 1; fi
     "$CXX" -std=c++14 -DX="a b" >"$here/compiled" || exit 1
+    echo "$TMPDIR" >"$here/place"
     while [ "$1" != --wheel-dir ]; do shift; done
     mkdir -p "$2" && cp "$here/stored.whl" "$2/horovod-0.28.1-cp311-cp311-linux_x86_64.whl" ;;
 esac
@@ -161,6 +162,8 @@ def test_wheel_is_built_once_and_named_by_versions(python, tmp_path, name):
     assert builds(python) == 1
     assert (python.parents[1] / "compiled").read_text().splitlines() == ["-std=gnu++17", "-DX=a b"]
     assert not list((tmp_path / name / "wheels").glob(".building*"))
+    place = (python.parents[1] / "place").read_text().strip()
+    assert re.fullmatch(r"[\w./-]+", place), "CMake files of the sources take the path for a regular expression"
 
 
 def test_builds_at_the_same_time_wait_for_one(python, tmp_path):

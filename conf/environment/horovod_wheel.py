@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ done
 exec {compiler} "${{args[@]}}"
 """
 FACTS = "import platform, sys, torch; print('torch-%s-cp%d%d-%s' % (torch.__version__, *sys.version_info[:2], platform.machine()))"
+NOT_PLAIN = r"[^\w./-]"
 TRIAL = "import torch, horovod.torch as h; h.init(); assert h.gloo_built() and h.allreduce(torch.ones(3)).sum() == 3"
 
 
@@ -66,7 +68,7 @@ def wheel(python: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = _whole(folder / name)
         if found is None:
-            for remains in [folder / name, *folder.glob(f".building-{name}-*")]:
+            for remains in [folder / name, *folder.glob(f"{_building(name)}*")]:
                 shutil.rmtree(remains, ignore_errors=True)
             found = _build(python, folder, name)
         return found
@@ -80,13 +82,18 @@ def _whole(folder: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
+def _building(name: str) -> str:
+    """How the folder begins in which a wheel is built. The sources' CMake files take its path for a regular expression."""
+    return f".building-{re.sub(NOT_PLAIN, '-', name)}-"
+
+
 def _build(python: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Path:
     print(f"building the Horovod wheel, once (3 minutes on 2 cores): {folder / name}", file=sys.stderr, flush=True)
     log = folder / f"{name}.log"
     with contextlib.ExitStack() as stack:
-        building = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".building-{name}-", dir=folder)))
+        building = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_building(name), dir=folder)))
         scratch = building
-        if " " in str(building):  # the sources' CMake files take no blank in a path
+        if re.search(NOT_PLAIN, str(building)):
             scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
         if " " in str(python):
             (scratch / "environment").symlink_to(python.parent.parent)

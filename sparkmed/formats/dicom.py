@@ -21,7 +21,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID
 
 from sparkmed.formats import frames as frame_facts
-from sparkmed.formats import pet
+from sparkmed.formats import isolation, pet
 from sparkmed.formats.header import Header, code
 from sparkmed.formats.instance import check_size, to_json
 from sparkmed.rejection import Refused
@@ -80,11 +80,13 @@ _NOT_IMAGE_MODALITIES = frozenset({"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN"
 
 _HEADER_KEYWORDS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality ImageType PatientID PatientName "
+    "Manufacturer ManufacturerModelName "
     "SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier TriggerTime FrameReferenceTime EchoTime EchoNumbers "
     "DiffusionBValue ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID PixelSpacing ImagerPixelSpacing "
     "NominalScannedPixelSpacing SpacingBetweenSlices SliceThickness "
     "NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation "
-    "RescaleSlope RescaleIntercept ModalityLUTSequence BurnedInAnnotation ComplexImageComponent DiffusionGradientOrientation "
+    "RescaleSlope RescaleIntercept RescaleType ModalityLUTSequence "
+    "BurnedInAnnotation ComplexImageComponent DiffusionGradientOrientation "
     "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSequence "
     "DetectorInformationSequence SliceVector TimeSlotVector EnergyWindowVector DetectorVector PhaseVector RotationVector "
     "AngularViewVector "
@@ -144,7 +146,7 @@ def _quiet():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Refused:
+    except (Refused, isolation.Unavailable):
         raise
     except RecursionError:
         raise Refused("DEEP_NESTING", "sequences are nested too deep to be read") from None
@@ -192,11 +194,16 @@ class _Sparing:
         return self.stream.read(size)
 
 
+_RESCALE_TYPES = frozenset({"HU", "HU_MOD", "OD", "US", "MGML", "Z_EFF", "ED", "EDW", "PCT"})
+"""Defined terms of PS3.3 C.11.1.1.2: others are free text."""
+
+
 def read_header(stream, size: int) -> dict:
     """The fields of an :class:`Instance` that a DICOM object determines; ``size`` is its length in bytes.
 
-    Raises :class:`Refused`: ``BROKEN_DICOM``, ``TRUNCATED``, ``NO_PIXEL_DATA``, ``BAD_VALUE``, ``BAD_GEOMETRY``,
-    ``BAD_SHAPE``, ``PIXEL_LENGTH``, ``DEEP_NESTING``, ``TOO_LARGE``, ``BOMB``.
+    An image whose pixels are cut off has the fact ``problem``. Raises :class:`Refused`: ``BROKEN_DICOM``, ``TRUNCATED`` (of
+    several frames), ``NO_PIXEL_DATA``, ``BAD_VALUE``, ``BAD_GEOMETRY``, ``BAD_SHAPE``, ``PIXEL_LENGTH``, ``DEEP_NESTING``,
+    ``TOO_LARGE``, ``BOMB``.
     """
     with _quiet():
         stream, deflated = _inflated(stream if isinstance(stream, io.BytesIO) else _Sparing(stream))
@@ -256,10 +263,17 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
     if pixels[1] == 0xFFFFFFFF and DECODERS.get(syntax) == "":
         raise Refused("PIXEL_LENGTH", "pixel data of undefined length in a transfer syntax without compression")
     photometric = h.text("PhotometricInterpretation")
-    _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
+    cut = None
+    try:
+        _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
+    except Refused as e:
+        if e.reason != "TRUNCATED" or frames > 1:
+            raise
+        cut = [e.reason, e.message]  # a slice that its series must be known to lack
     spacing = h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
     header = {
         "study": study,
+        "scanner": _scanner(h),
         "series": h.integer("SeriesNumber"),
         "number": h.integer("InstanceNumber"),
         "acquisition": h.integer("AcquisitionNumber"),
@@ -287,7 +301,9 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         "float": pixels[0] != 0x7FE00010 or None,
         "slope": h.number("RescaleSlope"),
         "intercept": h.number("RescaleIntercept"),
+        "rescale_type": kind if (kind := h.text("RescaleType")) in _RESCALE_TYPES else None,
         "lut": "ModalityLUTSequence" in h or None,
+        "problem": cut,
         "burned_in": h.text("BurnedInAnnotation") == "YES" or None,
         "concatenation": [h.text("ConcatenationUID"), h.integer("InConcatenationTotalNumber", 0)]
         if "ConcatenationUID" in h
@@ -317,6 +333,14 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
     shape = (3 if photometric == "PALETTE COLOR" else samples, columns, rows, count)
     fields.update(kind="image", shape=shape, affine=_slice_affine(header), header=to_json(header))
     return fields
+
+
+def _scanner(h: Header) -> str | None:
+    """Manufacturer and model, which identify nobody by PS3.15 Table E.1-1; None when they hold a word of the patient's."""
+    found = re.sub(r"[^ -~]", "", f"{h.plain('Manufacturer')} {h.plain('ManufacturerModelName')}")
+    words = " ".join(found.split())[:64].strip()
+    patient = re.findall(r"\w{3,}", f"{h.plain('PatientName')} {h.plain('PatientID')}".casefold())
+    return None if not words or any(w in words.casefold() for w in patient) else words
 
 
 def _b_value(h: Header) -> float | None:

@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 from sparkmed import cohort, formats, tables
 from sparkmed.config import Config, digest
 from sparkmed.formats import series
-from sparkmed.formats.instance import Instance, VolumeHeader
+from sparkmed.formats.instance import READER, Instance, VolumeHeader
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import labels, preprocess
 from sparkmed.rejection import InputError, Refused, Rejection
@@ -30,6 +30,7 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     """
     table, refusals = tables.volumes(config.lake), tables.quarantine(config.lake)
     inputs = digest(
+        READER,
         tables.catalog(config.lake).committed(catalog.STAGE),
         cohort.label_table(config),
         config.volumes,

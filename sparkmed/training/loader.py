@@ -13,16 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparkmed.cache import FileCache
 from sparkmed.dataset import Field
 from sparkmed.rejection import InputError
-from sparkmed.training.cache import FileCache
 from sparkmed.training.dataset import Block, PatchDataset, blocks_bytes
 
 READERS = 2
 """Threads that read row groups ahead, beside the one that makes batches."""
 
-ALLOCATED = 1.3
-"""Memory that Arrow's allocator takes for what comes and goes, over what is in use, at the least (1.3 to 2 were seen)."""
+ALLOCATED = 1.4
+"""Memory that Arrow's allocator takes for what comes and goes, over what is in use (1.3 to 2 were seen)."""
+
+OVERHEAD = 24 << 20
+"""Bytes that are no rows: modules of the first use, stacks and pages of the threads, what allocators keep to begin with."""
 
 SMALL = 32768
 """Bytes of a payload below which a second copy costs less than a step of a Python loop."""
@@ -226,7 +229,7 @@ class PatchLoader:
         reading: dict[int, Future] = {}  # what is held, or being read
         ahead: deque[Step] = deque()
         largest = max((b.bytes for b in blocks), default=0)
-        room = self._memory_bytes / ALLOCATED - 2 * READERS * largest  # a read takes twice its own size while it lasts
+        room = (self._memory_bytes - OVERHEAD) / ALLOCATED - 2 * READERS * largest  # a read takes twice its own size while it lasts
         finished, upcoming = 0, next(steps, None)
         handful = max(1, HANDFUL * self.dataset.rows // (self.batch_size * max(1, blocks_bytes(blocks))))
         pool = ThreadPoolExecutor(READERS, "patch-reader")

@@ -141,6 +141,13 @@ def test_a_lake_inside_the_archive_is_no_image(spark, archive):
     assert counts["new"] == 0
 
 
+def test_a_lake_inside_the_archive_by_another_name_is_no_image(spark, archive, tmp_path):
+    (tmp_path / "link").symlink_to(archive)
+    for url in (tmp_path / "link", archive):
+        counts = catalog.update(spark, str(url), str(archive / "lake"), config.Catalog(), None, LINEAGE)
+        assert counts["files"] == 6
+
+
 def test_an_archive_inside_the_lake_is_read(spark, archive, tmp_path):
     counts = catalog.update(spark, str(archive), str(tmp_path), config.Catalog(), None, LINEAGE)
     assert counts["files"] == 6
@@ -188,6 +195,14 @@ def test_names_that_were_kept_are_nowhere_once_they_are_not(spark, patients, tmp
     assert update(spark, patients, tmp_path, key)["changed"] == 0
     assert snapshot(tmp_path) == before
     assert update(spark, patients, tmp_path, b"another key " * 2)["changed"] == 3
+
+
+def test_a_lake_of_an_earlier_reader_is_read_again(spark, patients, tmp_path, monkeypatch):
+    update(spark, patients, tmp_path)
+    monkeypatch.setattr(catalog, "READER", catalog.READER + 1)
+    assert update(spark, patients, tmp_path)["changed"] == 5
+    assert update(spark, patients, tmp_path)["changed"] == 0
+    assert len(tables.catalog(str(tmp_path / "lake")).rows()) == 4
 
 
 def test_names_of_files_that_are_all_gone_go_too(spark, patients, tmp_path):

@@ -52,6 +52,20 @@ scored, refused = score.predict(spark, rows, model, "cpu")
 print(json.dumps([url, [r["volume"] for r in scored], [[r.uri, r.reason, r.message] for r in refused]]))
 """
 
+COPIES = """
+import json, sys
+from sparkmed import config, pipeline, tables
+from sparkmed.formats import isolation
+settings, archive, out, key = json.loads(sys.argv[1])
+project = config.parse(settings)
+pipeline.catalog(project)
+volumes = pipeline.volumes(project)
+refused = [[r["uri"], r["reason"]] for r in tables.quarantine(project.lake).rows()]
+cleaned = pipeline.deidentify(config.deidentification(archive, out, [f"identity.key_file={key}"]))
+held = [[r["uri"], r["reason"]] for r in tables.audit(out).rows() if r["status"] == "held"]
+print(json.dumps([volumes["volumes"], refused, cleaned, held]))
+"""
+
 FATES = {2: b"CRASHES!", 4: b"HANGS!!!", 5: b"UNLUCKY!"}
 """Eight voxels in a row of the middle slice, by subject."""
 
@@ -84,16 +98,22 @@ def project(folder):
     return settings, rows
 
 
-def test_a_crash_a_hang_and_a_kill_cost_the_files_that_are_to_blame_and_no_other(tmp_path):
-    settings, rows = project(tmp_path)
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)
-    (tmp_path / "project.json").write_text(json.dumps([settings, rows, str(tmp_path / "model")]))
-    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "DEADLY": str(tmp_path / "killed")}
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "project.json")]
+def run(program, folder, *arguments) -> subprocess.CompletedProcess:
+    """A program whose Spark workers have the deadly decoder."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(DEADLY)
+    path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "DEADLY": str(folder / "killed")}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_a_crash_a_hang_and_a_kill_cost_the_files_that_are_to_blame_and_no_other(tmp_path):
+    settings, rows = project(tmp_path)
+    (tmp_path / "project.json").write_text(json.dumps([settings, rows, str(tmp_path / "model")]))
+    done = run(PROGRAM, tmp_path, tmp_path / "project.json")
     assert (tmp_path / "killed").exists()
     url, scored, refused = json.loads(done.stdout.splitlines()[-1])
 
@@ -108,3 +128,25 @@ def test_a_crash_a_hang_and_a_kill_cost_the_files_that_are_to_blame_and_no_other
     assert set(scored) == {r["uid"] for r in rows} - set(wanted)
     found = {uri: [reason, message] for uri, reason, message in refused}
     assert found == {uri: wanted[r["uid"]] for r in (crashed, hung) for uri in r["sources"]}
+
+
+def test_a_crash_where_copies_are_compared_or_cleaned_costs_that_copy(tmp_path):
+    """A series, and copies of its slices in another encoding, of which one crashes the decoder that both look with."""
+    voxels = dicoms.stack((12, 8, 3)).astype("uint16")
+    voxels[2:10, 4, 1] = list(FATES[2])
+    made = dicoms.series(voxels, PatientID="", BitsStored=12, HighBit=11)
+    dicoms.write(tmp_path / "archive" / "native", made)
+    for ds in made:
+        ds.compress("1.2.840.10008.1.2.5", generate_instance_uid=False)
+    dicoms.write(tmp_path / "archive" / "packed", made)
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    wanted = {"labels": {"allow_missing": True}, "max_refused": 1}
+    settings = ct_config(tmp_path / "archive", tmp_path / "lake") | {"volumes": wanted}
+    places = [str(tmp_path / n) for n in ("archive", "out", "key")]
+    done = run(COPIES, tmp_path, json.dumps([settings, *places]))
+    volumes, refused, cleaned, held = json.loads(done.stdout.splitlines()[-1])
+    reasons = [{uri.rpartition("/archive/")[2]: reason for uri, reason in found} for found in (refused, held)]
+    copies = {f"packed/{n:03d}.dcm": "DUPLICATE_INSTANCE" for n in range(3)} | {"packed/001.dcm": "DECODER_CRASH"}
+    assert volumes == 1 and reasons[0] == copies
+    assert cleaned["written"] == 1, "the others are held back: two encodings of one object are two files of one name"
+    assert reasons[1]["packed/001.dcm"] == "DECODER_CRASH" and "native/001.dcm" not in reasons[1]

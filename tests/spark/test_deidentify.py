@@ -12,7 +12,9 @@ import pytest
 from formats import dicoms
 
 from sparkmed import cli, config, pipeline, storage, tables
+from sparkmed.formats import isolation
 from sparkmed.rejection import InputError
+from sparkmed.spark import deidentify
 
 pytestmark = pytest.mark.engine
 VOXELS = dicoms.stack()
@@ -157,3 +159,14 @@ def test_the_command_makes_a_key_beside_the_copies_and_says_nothing_of_patients(
     assert cli.main(["deidentify", str(archive / "don"), "out", "deidentify.dates=never"]) == 2
     assert "dates" in capfd.readouterr().err
     assert cli.main(["deidentify", str(archive / "don"), "out", "identity.keep_subjects=true"]) == 2
+
+
+def test_a_decoding_process_that_cannot_start_blames_no_file(tmp_path, monkeypatch):
+    made = dicoms.dataset(VOXELS[..., 0].astype("uint16"), BitsStored=12, HighBit=11)
+    made.compress("1.2.840.10008.1.2.5", generate_instance_uid=False)
+    dicoms.write(tmp_path / "archive", [made])
+    (file,) = storage.walk(str(tmp_path / "archive"))
+    settings = wanted(tmp_path / "archive", tmp_path)
+    monkeypatch.setattr(isolation, "_PROGRAM", "raise SystemExit(1)")
+    with isolation.isolated(), pytest.raises(isolation.Unavailable):  # so Spark tries the task again
+        list(deidentify.outcomes(file, settings, b"k" * 32))
