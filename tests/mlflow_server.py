@@ -74,10 +74,15 @@ def server(store: str, folder: pathlib.Path, patience=180.0) -> Iterator[str]:
     environment = dict(line.split("=", 1) for line in re.findall(r"^Environment=(.*)$", text, re.M))
     program, *arguments = shlex.split(re.search(r"^ExecStart=(.*)$", text, re.M)[1])
     assert program.endswith("/.venv/bin/mlflow")
-    changed = {"MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION", "MLFLOW_PORT"}
-    assert changed < environment.keys()
     port = _free_port()
-    environment |= dict(zip(sorted(changed), (str(folder / "artifacts"), store, str(port)), strict=True))
+    changed = {
+        "MLFLOW_BACKEND_STORE_URI": store,
+        "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts"),
+        "MLFLOW_PORT": str(port),
+        "MLFLOW_WORKERS": "1",
+    }
+    assert changed.keys() < environment.keys()
+    environment |= changed
     others = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     log = folder / "server.log"
     with open(log, "w") as output:
