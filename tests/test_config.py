@@ -1,3 +1,4 @@
+import datetime
 import pathlib
 
 import pytest
@@ -148,3 +149,17 @@ def test_new_keys_that_say_nothing_leave_digests_alone():
     assert config.digest(config.Preprocess(cascade=None)) == config.digest(config.Preprocess())
     assert config.Score(ensemble=[3, "champion", "models:/other/1"]).ensemble == ("3", "champion", "models:/other/1")
     assert config.Score(ensemble=[3]).numbers == config.Score()
+
+
+def test_a_backfill_is_all_a_date_or_a_share():
+    for text, value in (("all", "all"), ("2026-01-31", datetime.date(2026, 1, 31)), ("0.25", 0.25), ("1", 1.0)):
+        data = {}
+        config._override(data, f"score.backfill={text}")
+        assert config.Score(**data["score"]).backfill == value
+    for text in ("some", "2026-13-01", "7", "true"):
+        with pytest.raises(ValueError, match="wanted all, a date such as 2026-01-31 or a share from 0 to 1"):
+            data = {}
+            config._override(data, f"score.backfill={text}")
+            config.Score(**data["score"])
+    tonight = config.Score(backfill=0.5, per_night=3, attempts=1, retry_refused=True)
+    assert tonight.numbers == config.Score(), "when a volume is scored is no part of a model"

@@ -1,6 +1,8 @@
 """A driver killed by SIGKILL between any two things that others can see: run again, it ends as if it had never been killed."""
 
 import itertools
+import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -74,3 +76,17 @@ def test_a_driver_killed_again_and_again_ends_as_if_it_never_was(spark, tmp_path
     assert len(registry.client.search_model_versions(f"name='{registry.model}'")) == 1 and registry.champion() == "1"
     assert [(r["action"], r["challenger"]) for r in tables.promotions(lake).rows()] == [("promoted", "1")]
     assert sorted(sources[r["volume"]] for r in tables.predictions(lake).rows()) == [[i] for i in images]
+
+
+def test_killed_runs_of_scoring_leave_the_ledger_that_nobody_disturbed(tmp_path):
+    """Three of the rounds of ``benchmarks/kill.py``: a driver within a commit, workers of executors, two runs at once."""
+    program = pathlib.Path(__file__).parents[1] / "benchmarks" / "kill.py"
+    with open(tmp_path / "said", "w+") as said:
+        ended = subprocess.run([sys.executable, program, "3", "5"], stdout=subprocess.PIPE, stderr=said, timeout=600)
+        said.seek(0)
+        text = said.read()[-5000:]
+    assert ended.returncode == 0, text
+    found = json.loads(ended.stdout)
+    assert found["rounds"] == 3 and len(found["rounds by kind"]) == 3 and found["killed"], text
+    assert [v for k, v in found.items() if k.startswith(("keys", "rows wrong", "masks", "runs failed"))] == [0] * 5, text
+    assert found["leftovers after vacuum"] == {}

@@ -1,7 +1,12 @@
+import datetime
 import os
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 
 from sparkmed import storage, tables
 from sparkmed.rejection import InputError
@@ -94,3 +99,58 @@ def test_sweeping_takes_what_was_replaced_and_leaves_what_a_rival_writes(table):
     table.sweep()
     left = {f.path for f in storage.walk(table.url) if "/" not in f.path}
     assert left == {new.path, rival.path} and names(table) == ["new"]
+
+
+def test_a_table_of_an_earlier_version_gets_the_new_columns(tmp_path):
+    url, new = str(tmp_path / "promotions"), tables.PROMOTIONS
+    before = tables.Table(url, pa.schema([f for f in new if f.name not in ("numbers", "decided_at")]))
+    before.commit([before.write([{"model_name": "old"}])], ("writer", 1))
+    table = tables.promotions(str(tmp_path))
+    assert table.rows()[0]["numbers"] is None
+    table.commit([table.write([{"model_name": "new", "numbers": "{}"}])], ("writer", 2))
+    assert [(r["model_name"], r["numbers"]) for r in sorted(table.rows(), key=lambda r: r["model_name"])] == [
+        ("new", "{}"),
+        ("old", None),
+    ]
+    assert {f.name for f in DeltaTable(url).schema().fields} == set(new.names), "other readers see them as well"
+    before.commit([before.write([{"model_name": "older code"}])], ("writer", 3))
+    assert len(table.rows()) == 3
+
+
+def age(table, days=10):
+    """All that lies in the folder of the table, and what its log says of time, is older by some days."""
+    then = time.time() - days * 86400
+    for file in storage.walk(table.url):
+        path = storage.local_path(file.uri)
+        if "_delta_log" in file.path:
+            for word in ("timestamp", "modificationTime", "deletionTimestamp", "createdTime"):
+                path.write_text(re.sub(rf'"{word}":\d+', f'"{word}":{int(then * 1000)}', path.read_text()))
+        os.utime(path, (then, then))
+
+
+def test_small_files_become_one_and_stay_for_readers(table, monkeypatch):
+    monkeypatch.setattr(tables, "MANY", 4)
+    for n in range(4):
+        table.commit([table.write([{"model_name": f"m{n}"}])], ("writer", n + 1))
+        few = table.paths()
+        table.compact("writer")
+    assert len(table.paths()) == 1 and names(table) == ["m0", "m1", "m2", "m3"] and table.committed("writer") == 5
+    assert all(storage.exists(storage.join(table.url, p)) for p in few)
+    table.compact("writer")
+    assert table.committed("writer") == 5, "one file is not many"
+
+
+def test_orphans_are_old_and_nobody_can_need_them(table):
+    week = datetime.timedelta(days=7)
+    table.commit([table.write([{"model_name": "kept"}])], ("writer", 1))
+    table.commit([table.write([{"model_name": "replaced"}])], ("writer", 2))
+    lost = table.write([{"model_name": "lost"}])
+    age(table)
+    (replaced,) = [p for p in table.paths() if "replaced" in str(table.read(files=[p])["model_name"])]
+    table.commit([], ("writer", 3), replace=[replaced])
+    table.write([{"model_name": "a task is at work on this"}])
+    now = datetime.datetime.now(datetime.UTC)
+    assert [f.path for f in table.orphans(now - week)] == [lost.path], "what was replaced today may be being read"
+    age(table)
+    assert {f.path for f in table.orphans(now - week)} > {lost.path, replaced}
+    assert names(table) == ["kept"]
