@@ -18,10 +18,10 @@ from pydicom.valuerep import DA, TM
 import sparkmed
 from sparkmed import storage
 from sparkmed.config import Segment
-from sparkmed.formats import archive, dicom
-from sparkmed.formats.header import code
+from sparkmed.formats import archive, dicom, identifiers
+from sparkmed.formats.header import code, uid
 from sparkmed.formats.instance import VolumeHeader, check_size
-from sparkmed.formats.segmentation import Canvas, Plane, legible, numbered
+from sparkmed.formats.segmentation import Canvas, Legible, Plane, numbered
 from sparkmed.imaging import geometry
 from sparkmed.imaging.geometry import Grid
 from sparkmed.imaging.volume import Volume
@@ -29,7 +29,7 @@ from sparkmed.rejection import InputError, Refused
 
 MANUFACTURER = "sparkmed"
 _FACT_TAGS = (
-    "Manufacturer PatientName PatientID Rows Columns FrameOfReferenceUID SegmentSequence "
+    "Manufacturer Rows Columns FrameOfReferenceUID SegmentSequence "
     "ReferencedSeriesSequence StudiesContainingOtherReferencedInstancesSequence "
     "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 ).split()
@@ -39,10 +39,10 @@ def read_facts(stream) -> dict[str, Any]:
     """Facts of a SEG for its :class:`Instance`: ``segments`` (number, label, codes of category and property type), ``references``
     (pairs of SeriesInstanceUID and FrameOfReferenceUID), ``size`` (columns, rows), ``planes`` (position, orientation and spacing of
     its outermost frames), ``content`` (digest of its pixels as stored), ``predicted`` when :func:`write` made it. Names as
-    :func:`~segmentation.legible` has them. Raises ``BAD_VALUE``, ``NO_PIXEL_DATA``."""
+    :class:`~segmentation.Legible` has them. Raises ``BAD_VALUE``, ``NO_PIXEL_DATA``."""
     with dicom._quiet():
         stream, _ = dicom._inflated(stream)
-        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_FACT_TAGS, force=True)
+        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=[*_FACT_TAGS, *identifiers.OF_AN_OBJECT], force=True)
         start, element = stream.tell(), dicom._pixel_element(stream.read(12), *ds.original_encoding)
         if element is None:
             raise Refused("NO_PIXEL_DATA", "a SEG without pixel data")
@@ -51,12 +51,13 @@ def read_facts(stream) -> dict[str, Any]:
         while left and (piece := stream.read(min(left, 1 << 20))):
             content.update(piece)
             left -= len(piece)
+        legible = Legible(ds)
         segments = [
             {
                 "number": int(s.SegmentNumber),
-                "label": legible(s.get("SegmentLabel"), ds),
-                "category": _codes(s, "SegmentedPropertyCategoryCodeSequence", ds),
-                "property": _codes(s, "SegmentedPropertyTypeCodeSequence", ds),
+                "label": legible(s.get("SegmentLabel")),
+                "category": _codes(s, "SegmentedPropertyCategoryCodeSequence", legible),
+                "property": _codes(s, "SegmentedPropertyTypeCodeSequence", legible),
             }
             for s in ds.get("SegmentSequence") or []
             if s.get("SegmentNumber")  # the background of a label map
@@ -64,7 +65,7 @@ def read_facts(stream) -> dict[str, Any]:
         series = list(ds.get("ReferencedSeriesSequence") or [])
         for study in ds.get("StudiesContainingOtherReferencedInstancesSequence") or []:
             series += study.get("ReferencedSeriesSequence") or []
-        uids = {code(s.get("SeriesInstanceUID")) for s in series} - {""}
+        uids = {uid(s.get("SeriesInstanceUID")) for s in series} - {""}
         planes = [p for _, p in _frames(ds) if p is not None]
         if planes:
             normal = np.cross(planes[0][3:6], planes[0][6:9])
@@ -72,7 +73,7 @@ def read_facts(stream) -> dict[str, Any]:
             planes = [planes[int(np.argmin(along))], planes[int(np.argmax(along))]]
         return {
             "segments": numbered(segments),
-            "references": sorted((uid, code(ds.get("FrameOfReferenceUID"))) for uid in uids),
+            "references": sorted((series, uid(ds.get("FrameOfReferenceUID"))) for series in uids),
             "size": [_needed(ds, "Columns"), _needed(ds, "Rows")],
             "planes": planes,
             "predicted": ds.get("Manufacturer") == MANUFACTURER or None,
@@ -88,11 +89,11 @@ def _needed(ds: Dataset, keyword: str) -> int:
     return int(value)
 
 
-def _codes(segment: Dataset, keyword: str, ds: Dataset) -> list[str] | None:
+def _codes(segment: Dataset, keyword: str, legible: Legible) -> list[str] | None:
     """(value, scheme, meaning) of a code."""
     for item in segment.get(keyword) or []:
         value = item.get("CodeValue") or item.get("LongCodeValue") or item.get("URNCodeValue")
-        return [legible(value, ds), code(item.get("CodingSchemeDesignator")), legible(item.get("CodeMeaning"), ds)]
+        return [legible(value), legible(code(item.get("CodingSchemeDesignator"))), legible(item.get("CodeMeaning"))]
     return None
 
 
@@ -229,6 +230,8 @@ def require_source(source: VolumeHeader):
         raise Refused("SEG_SOURCE", f"a DICOM SEG refers to a DICOM series, this image is {source.format}")
     if source.shape[0] != 1:
         raise Refused("SEG_SOURCE", f"a DICOM SEG is of an image of one channel, this has {source.shape[0]} (colours or times)")
+    if any("mosaic" in one for one in source.facts["pixels"]):
+        raise Refused("SEG_SOURCE", "a DICOM SEG cannot lie on the slices of a Siemens mosaic, which are no frames of it")
     if not source.series_uid:
         raise Refused("SEG_SOURCE", "the source has no SeriesInstanceUID that a SEG could refer to")
 

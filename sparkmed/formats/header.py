@@ -12,6 +12,7 @@ from pydicom.sequence import Sequence
 from sparkmed.rejection import Refused
 
 _CODE = re.compile(r"^[A-Za-z0-9_ .-]{1,64}$")
+_UID = re.compile(r"^[0-9.]{1,64}$")
 _BINARY = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FD": "d", "FL": "f"}
 tag = functools.cache(tag_for_keyword)
 
@@ -25,6 +26,12 @@ def code(value) -> str:
     """A code string or UID; anything that does not look like one is left out."""
     text = str(value or "").strip(" \0")
     return text if _CODE.match(text) else ""
+
+
+def uid(value) -> str:
+    """A UID; one that is none by its form becomes a digest, so that two of them stay two, and "" when there is none."""
+    text = str(value or "").strip(" \0")
+    return text if not text or _UID.match(text) else f"not-a-uid-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 class Header:
@@ -64,11 +71,8 @@ class Header:
         return (self.texts(keyword) or [""])[0]
 
     def uid(self, keyword: str) -> str:
-        """A UID; one that is none by its form becomes a digest, so that two of them stay two."""
-        value, _ = self._value(keyword)
-        raw = value.strip(b" \0")
-        text = raw.decode("latin-1")
-        return text if not raw or _CODE.match(text) else f"not-a-uid-{hashlib.sha256(raw).hexdigest()[:32]}"
+        """As :func:`uid`."""
+        return uid(self._value(keyword)[0].decode("latin-1"))
 
     def plain(self, keyword: str) -> str:
         """A value of printable characters as it is: dates and times."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sparkmed.config import folded
-from sparkmed.formats import dicom, series
+from sparkmed.formats import dicom, identifiers, series
 from sparkmed.formats.instance import VolumeHeader, to_json
 from sparkmed.imaging import geometry
 from sparkmed.imaging.geometry import Grid
@@ -60,9 +60,10 @@ def by_series(headers: Iterable[VolumeHeader]) -> dict[str, list[VolumeHeader]]:
 def on_grid(segmentation: VolumeHeader, image: VolumeHeader, classes: Mapping[int, int] | None = None) -> VolumeHeader:
     """The header of a segmentation as a volume on the grid of ``image``: (segments, I, J, K), 1 where the segment is.
 
-    With ``classes`` (class index by segment number) a class map (1, I, J, K) instead; other segments are background. Raises
-    :class:`Refused`: ``MIXED_PATIENT``, ``FRAME_OF_REFERENCE``, ``LABEL_GRID_MISMATCH`` when a plane of it is none of the image's,
-    ``LABEL_WITHOUT_SEGMENT``. What only its pixels or contours show is found when it is read.
+    With ``classes`` (class index by segment number) a class map (1, I, J, K) instead; other segments are background. Segments that
+    name another frame of reference than the image's are left out. Raises :class:`Refused`: ``MIXED_PATIENT``,
+    ``FRAME_OF_REFERENCE`` (also when no segment is left, or none of a class), ``LABEL_GRID_MISMATCH`` when a plane of it is none
+    of the image's, ``LABEL_WITHOUT_SEGMENT``. What only its pixels or contours show is found when it is read.
     """
     facts = segmentation.facts
     if segmentation.patient and image.patient and segmentation.patient != image.patient:
@@ -75,12 +76,21 @@ def on_grid(segmentation: VolumeHeader, image: VolumeHeader, classes: Mapping[in
     grid = Grid(image.affine, image.shape[1:])
     for plane in facts.get("planes") or []:
         Plane.of(plane[:3], plane[3:9], plane[9:], facts["size"], grid)
-    keep: dict[str, Any] = {"segments": facts["segments"]}
+    frame = image.facts.get("frame")
+    here = [s for s in facts["segments"] if not frame or s.get("frame", frame) == frame]
+    numbers = {s["number"] for s in here}
+    elsewhere = [s["number"] for s in facts["segments"] if s["number"] not in numbers]
+    lost = set((classes or {}).values()) - {c for n, c in (classes or {}).items() if n in numbers}
+    if lost or not here:
+        raise Refused("FRAME_OF_REFERENCE", f"{len(elsewhere)} segments are in another frame of reference than the series")
+    keep: dict[str, Any] = {"segments": here}
+    if elsewhere:
+        keep["elsewhere"] = elsewhere
     if classes:
-        keep["segments"] = [{"number": s["number"]} for s in facts["segments"]]
-        keep["classes"] = {str(n): c for n, c in sorted(classes.items())}
-    shape = (1 if classes else len(facts["segments"]), *image.shape[1:])
-    content = json.dumps([segmentation.uid, image.affine, shape, keep.get("classes")])
+        keep["segments"] = [{"number": s["number"]} for s in here]
+        keep["classes"] = {str(n): c for n, c in sorted(classes.items()) if n in numbers}
+    shape = (1 if classes else len(here), *image.shape[1:])
+    content = json.dumps([segmentation.uid, image.affine, shape, keep.get("classes"), *elsewhere])
     uid = hashlib.sha256(content.encode()).hexdigest()[:32]
     return dataclasses.replace(segmentation, uid=uid, shape=shape, affine=image.affine, header=to_json(keep))
 
@@ -115,23 +125,37 @@ def without_image(segmentation: VolumeHeader) -> Refused:
     return Refused("LABEL_WITHOUT_IMAGE", "the series that the segmentation refers to is not in the archive, or was refused")
 
 
-def legible(value, ds) -> str:
-    """A name in the segmentation object ``ds``: printable, Unicode NFC, at most 64 characters; :data:`WITHHELD` when it cannot be
-    decoded or holds the object's PatientID or a word of its PatientName.
+class Legible:
+    """Names in the segmentation object ``ds``: printable, Unicode NFC, at most 64 characters; :data:`WITHHELD` for one that cannot
+    be decoded, or that says who somebody is: holds a word of the PatientName, the PatientID, or what
+    :class:`~identifiers.Identifiers` finds of the object's other names, identifiers and places and of the birth date.
 
-    Of a code name (digits, and no ^ between components) the words say nobody's name, only the whole does. Text without a declared
-    character set is taken for UTF-8 where it is that, else for Latin-1.
+    Of a code name (digits, and neither ^ nor a blank between its parts) the words say nobody's name, only the whole does. Text
+    without a declared character set is taken for UTF-8 where it is that, else for Latin-1.
     """
-    text = _decoded(value, ds)
-    if not text.isprintable() or WITHHELD in text:
-        return WITHHELD
-    name, own = (_decoded(ds.get(k), ds).casefold() for k in ("PatientName", "PatientID"))
-    code_name = re.search(r"\d", name) and "^" not in name
-    said, words = text.casefold(), _words(text.casefold())
-    for part in {own, name} if code_name else {own, *_words(name)}:
-        if len(part) > 1 and (part in words or (len(part.encode()) > 3 and part in said)):
+
+    def __init__(self, ds):
+        self.ds = ds
+        person = identifiers.of_an_object(ds)
+        name, own = (_decoded(ds.get(k), ds).casefold() for k in ("PatientName", "PatientID"))
+        code_name = re.search(r"\d", name) and not re.search(r"[\^ ]", name)
+        self.parts = {own, name} if code_name else {own, *_words(name)}
+        if code_name:
+            del person["PatientName"]
+        try:
+            self.known = identifiers.Identifiers(person)
+        except Refused:  # what cannot be read cannot be looked for
+            self.known = None
+
+    def __call__(self, value) -> str:
+        text = _decoded(value, self.ds)
+        if not text.isprintable() or WITHHELD in text or (text and self.known is None):
             return WITHHELD
-    return text[:64].strip()
+        said, words = text.casefold(), _words(text.casefold())
+        for part in self.parts:
+            if len(part) > 1 and (part in words or (len(part.encode()) > 3 and part in said)):
+                return WITHHELD
+        return WITHHELD if text and self.known.found_in(text) else text[:64].strip()
 
 
 def _decoded(value, ds) -> str:
@@ -266,6 +290,7 @@ class Canvas:
         classes = facts.get("classes")
         self.value = {int(n): c for n, c in classes.items()} if classes else None
         self.channel = {s["number"]: 0 if classes else c for c, s in enumerate(facts["segments"])}
+        self.elsewhere = frozenset(facts.get("elsewhere") or ())
         most = max(self.value.values()) if classes else 1
         dtype = np.uint8 if most < 256 else np.uint16
         self.array = np.zeros((1 if classes else len(self.channel), *grid.spatial_shape), dtype)
@@ -273,6 +298,8 @@ class Canvas:
 
     def wants(self, number: int) -> bool:
         """Whether a segment is painted at all; raises ``BAD_VALUE`` for one that the object does not describe."""
+        if number in self.elsewhere:
+            return False
         if number not in self.channel:
             raise Refused("BAD_VALUE", f"segment {number} has pixels but no description")
         return self.value is None or number in self.value

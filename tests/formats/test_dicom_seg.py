@@ -528,6 +528,12 @@ def test_images_that_no_seg_is_of(tmp_path, change, said):
         written(tmp_path, dataclasses.replace(header, **change), labels(header))
 
 
+def test_a_mosaic_has_no_seg(tmp_path):
+    header = header_of(tmp_path, enhanced.mosaic(dicoms.phantom(1, (6, 5, 4))))
+    with pytest.raises(Refused, match="SEG_SOURCE.*mosaic"):
+        written(tmp_path, header, labels(header))
+
+
 JAPANESE = {"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientName": "Yamada^Tarou=山田^太郎=やまだ^たろう"}
 KOREAN = {"SpecificCharacterSet": ["", "ISO 2022 IR 149"], "PatientName": "Hong^Gildong=洪^吉洞=홍^길동"}
 
