@@ -37,8 +37,14 @@ _WRITTEN = re.compile(
     r"(?=(?<![a-z0-9])(\d{1,4}|[a-z]{3,9})[^a-z0-9\0]{1,3}(\d{1,2}|[a-z]{3,9})[^a-z0-9\0]{1,3}(\d{4}|\d{1,2})(?![a-z0-9]))"
 )
 """Day, month and year with something between them."""
-_MONTHS = {m: n % 12 + 1 for n, m in enumerate("jan feb mar apr may jun jul aug sep oct nov dec jan feb mrz apr mai jun jul aug "
-                                               "sep okt nov dez ene fev mar abr mai juin juil aou sept out nov dic".split())}  # fmt: skip
+_MONTHS = {
+    month: n % 12 + 1
+    for n, month in enumerate(
+        "jan feb mar apr may jun jul aug sep oct nov dec "
+        "jan feb mrz apr mai jun jul aug sep okt nov dez "
+        "ene fev mar abr mai juin juil aou sept out nov dic".split()
+    )
+}
 _BETWEEN_DIGITS = b"\0-./: "
 _DOTTED = re.compile(r"(?<![0-9])[0-9]++(?:\.[0-9]++)+")
 _MOST = 10_000

@@ -350,7 +350,7 @@ def _require_known(marker: int, segment: bytes, samples: int, comments: list[byt
         fits = marker == 0x5F and size > 0 and size % (5 + 2 * wide) == 0
     if not fits:
         raise Refused(
-            "HIDDEN_BYTES", f"a segment of JPEG 2000 that decoding does not take, or of another length (marker {marker:02X})"
+            "HIDDEN_BYTES", f"a JPEG 2000 segment that decoding does not take, or of another length (marker {marker:02X})"
         )
 
 
