@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. `make help` lists the rest.
-.PHONY: help demo test lint horovod environment clean
+.PHONY: help demo test lint horovod environment airflow clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -20,6 +20,11 @@ horovod: environment ## the Horovod wheel for this torch; prints where it is
 environment: ## .venv as requirements.lock wants it; nothing when it is there
 	@python=$$(bash conf/environment/check.sh) && "$$python" conf/environment/install.py
 
+airflow: ## .venv-airflow, with which the tests run the DAGs; without it they say that they did not
+	@cmp -s conf/schedules/airflow.lock .venv-airflow/airflow.lock || { python=$$(bash conf/environment/check.sh) && \
+	  "$$python" -m venv --clear .venv-airflow && .venv-airflow/bin/python -m pip install -qq -r conf/schedules/airflow.lock && \
+	  cp conf/schedules/airflow.lock .venv-airflow/; }
+
 clean: ## remove .venv and what the tools left; the Horovod wheel stays in its cache
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis spark-warehouse
+	rm -rf .venv .venv-airflow build dist *.egg-info .pytest_cache .ruff_cache .hypothesis spark-warehouse
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

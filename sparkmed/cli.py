@@ -17,14 +17,25 @@ VERBS = {
     "promote": "make the newest model the champion if it passes the gate",
     "rollback": "give the champion alias back to the version before",
     "score": "predict what the champion has not scored yet",
+    "watch": "compare new volumes with those that the champion was judged on; count what is refused and what waits",
     "report": "write one HTML page about all of it",
     "run": "all stages in order",
     "check": "say what would fail, before it does",
 }
 
 
+STATUSES = """exit status:
+  0  done, nothing to worry about
+  1  a stage failed, or too much was refused
+  2  wrong arguments, or an archive that does not fit the config
+  3  done (score, watch, run), but new volumes are unlike those that the champion was judged on
+  4  done, but a volume waits for its first score longer than watch.backlog_days
+  5  done, but more of the new volumes are in quarantine than when the champion was chosen
+of several the largest of 3, 4 and 5 is given, and 1 and 2 before them; the table watch holds the numbers"""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a stage failed, 2 wrong arguments or an archive that does not fit the config."""
+    """Exit status: see :data:`STATUSES`."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quieten()
@@ -81,16 +92,20 @@ def _act(options) -> int:
         print("\n".join(f"- {p}" for p in problems) or f"{options.config}: nothing known that would fail")
         return 2 if problems else 0
     if options.verb == "run":
-        pipeline.run(config, print)
-    elif options.verb == "rollback":
+        return pipeline.status(pipeline.run(config, print)["score"])
+    if options.verb == "rollback":
         print(pipeline.rollback(config)["reason"])
-    else:
-        pipeline.run_stage(options.verb, config, print)
-    return 0
+        return 0
+    return pipeline.status(pipeline.run_stage(options.verb, config, print))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparkmed", description="Medical images from archive to scored cohort on Spark.")
+    parser = argparse.ArgumentParser(
+        prog="sparkmed",
+        description="Medical images from archive to scored cohort on Spark.",
+        epilog=STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, meaning in VERBS.items():
         verb = verbs.add_parser(name, help=meaning, description=meaning)

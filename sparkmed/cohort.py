@@ -6,18 +6,20 @@ Knows no engine and reads no pixel; what comes back is one :class:`Member` per i
 import csv
 import fnmatch
 import io
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparkmed import storage
-from sparkmed.config import Config, folded
+from sparkmed.config import HEADER_GROUPS, Config, folded
 from sparkmed.formats import segmentation
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging import paths, splits
 from sparkmed.rejection import InputError, Refused, Rejection
 
 STAGE = "volumes"
+MOST_GROUPS = 64
 HELD_OUT_FIRST = {"test": 0, "val": 1, "train": 2, None: 3}
 
 
@@ -258,21 +260,56 @@ def _entry(table: list[dict], header: VolumeHeader, raw: str | None, subject: st
 def label_table(config: Config) -> list[dict] | None:
     """The rows of ``volumes.labels.csv`` that hold a label; None when the config names no CSV."""
     where = config.volumes.labels.csv
-    if where is None:
-        return None
+    return None if where is None else [r for r in _table(config, "volumes.labels.csv", where, ("label",)) if "label" in r]
+
+
+def groups(rows: Sequence[dict], config: Config, key: bytes | None) -> dict[str, dict[str, str]]:
+    """By uid of volume rows the group that each is in, by name of the grouping; one that is not known is left out.
+
+    Raises :class:`InputError` when the table of ``groups.csv`` says two things of one, or a grouping has so many values that it
+    names subjects rather than groups.
+    """
+    settings = config.groups
+    named = [c for c in settings.by if c not in HEADER_GROUPS]
+    table = _table(config, "groups.csv", settings.csv, named) if settings.csv else []
+    columns = [c for c in settings.by if c in named or any(c in row for row in table)]
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in table:
+        said = {c: row[c] for c in columns if c in row}
+        who = row.get("subject")
+        names = [("path", row["path"])] if "path" in row else []
+        names += [("subject", n) for n in (who, key and splits.pseudonym(who, key)) if n] if who else []
+        for name in names:
+            if found.setdefault(name, said) != said:
+                raise InputError(f"groups.csv {settings.csv}: two rows of one {name[0]} differ")
+    for c in columns:
+        values = {said[c] for said in found.values() if c in said}
+        if len(values) > MOST_GROUPS:
+            raise InputError(f"groups.csv {settings.csv}: column {c} has {len(values)} values, wanted at most {MOST_GROUPS} groups")
+    out = {}
+    for r in rows:
+        names = [*(("path", p) for p in r["source_paths"]), ("subject", r["subject"])]
+        said = next((found[n] for n in names if n in found), {})
+        facts = {"modality": r["modality"] or r["format"], "scanner": json.loads(r["header"] or "{}").get("scanner")}
+        out[r["uid"]] = {c: value for c in settings.by if (value := said.get(c) if c in columns else facts[c])}
+    return out
+
+
+def _table(config: Config, setting: str, where: str, wanted: Sequence[str]) -> list[dict]:
+    """The rows of a CSV inside the archive or at a URL, blanks left out; it has columns ``wanted``, and ``path`` or ``subject``."""
     inside = storage.join(config.archive, where)
     url = inside if "://" not in where and not where.startswith("/") and storage.exists(inside) else where
     try:
         text = storage.read_bytes(url).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"volumes.labels.csv {where}: {getattr(e, 'strerror', None) or type(e).__name__}") from None
+        raise InputError(f"{setting} {where}: {getattr(e, 'strerror', None) or type(e).__name__}") from None
     rows = list(csv.DictReader(io.StringIO(text)))
     columns = set(rows[0]) if rows else set()
-    if "label" not in columns or not columns & {"path", "subject"}:
+    if not set(wanted) <= columns or not columns & {"path", "subject"}:
         raise InputError(
-            f"volumes.labels.csv {where}: wanted columns label and path or subject, got {sorted(c for c in columns if c)}"
+            f"{setting} {where}: wanted columns {', '.join(wanted)} and path or subject, got {sorted(c for c in columns if c)}"
         )
-    return [{k: v.strip() for k, v in row.items() if k and v and v.strip()} for row in rows if (row.get("label") or "").strip()]
+    return [{k: v.strip() for k, v in row.items() if k and v and v.strip()} for row in rows]
 
 
 def _once(members: list[Member]) -> tuple[list[Member], list[Rejection]]:

@@ -13,7 +13,7 @@ import unicodedata
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sparkmed.rejection import InputError
 
@@ -33,7 +33,8 @@ class Section(BaseModel):
 
 
 class Component(Section):
-    """A class of MONAI or torch by name; every other key is passed to its constructor."""
+    """A class of MONAI or torch by name, or of a package that ``imports`` allows by its dotted name; every other key is passed to
+    its constructor."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str
@@ -160,6 +161,26 @@ class Intensity(Section):
         return self
 
 
+class Cascade(Section):
+    """A first model, of the same images, whose output is a channel of this one (whole tumour first, then its enhancing part).
+
+    When a stage starts, ``model`` becomes one version and ``digest`` and ``classes`` are filled in; a trained model carries a copy.
+    """
+
+    model: str
+    """``models:/name@alias``, ``models:/name/version``, or the folder or URL of a saved model: a segmentation."""
+    tracking: str | None = None
+    """Tracking URI of its registry; None: the project's own."""
+    output: Literal["labels", "probabilities"] = "labels"
+    """What follows the channels of the image, one channel per foreground class of the first model: where it is (0 or 1), or how
+    probable. Neither is scaled as intensities are, nor changed by ``train.augment`` but in space. Probabilities of a GPU and of a
+    CPU differ in the last digits."""
+    digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    """SHA-256 of the first model's ``spec.json``, which names that of its weights. When given, the model must have it."""
+    classes: tuple[str, ...] = ()
+    """Its foreground classes, in the order of their channels."""
+
+
 class Preprocess(Section):
     """What happens to an image before a network sees it; training and scoring run this same spec."""
 
@@ -172,6 +193,13 @@ class Preprocess(Section):
     channels: Literal["keep", "gray"] = "keep"
     """``gray`` makes one luminance channel of colours."""
     intensity: Intensity = Intensity()
+    cascade: Cascade | None = None
+    """A first model, whose output is added to the channels; None: the image alone."""
+
+    @property
+    def guided(self) -> int:
+        """How many channels come from a first model; they follow those of the image."""
+        return 0 if self.cascade is None else len(self.cascade.classes)
 
     @model_validator(mode="after")
     def _one_grid(self):
@@ -321,8 +349,32 @@ class Train(Section):
     """Seconds to wait for all ranks."""
 
 
+HEADER_GROUPS = ("modality", "scanner")
+
+
+class Groups(Section):
+    """By what results are looked at in parts, when a champion is chosen and when new volumes are watched."""
+
+    by: Names = ("modality",)
+    """``modality`` (where a file has none, its format), ``scanner`` (manufacturer and model in DICOM headers), and columns of
+    ``csv``, such as ``[modality, scanner, site, sex]``; a column goes before a header."""
+    csv: str | None = None
+    """Path of a CSV (inside the archive, or a URL) with ``subject`` or ``path`` and a column per grouping; a blank is unknown. Its
+    values are written to tables and the report: give sites code names. A column of more than 64 values is refused."""
+
+    @model_validator(mode="after")
+    def _columns_have_a_table(self):
+        columns = [c for c in self.by if c not in HEADER_GROUPS]
+        if columns and not self.csv:
+            raise ValueError(f"by names {', '.join(columns)}, wanted csv to say where these columns are")
+        if set(columns) & {"subject", "path"}:
+            raise ValueError("by names subject or path: a group is of many")
+        return self
+
+
 class Promote(Section):
-    """The gate before the champion. The measure is the mean over subjects of Dice over foreground classes, or of correctness."""
+    """The gates before the champion. The measure is the mean over subjects of Dice over foreground classes, or of correctness. All
+    gates are looked at and written down; one that is None is measured only."""
 
     minimum: Share = 0.0
     """Smallest mean on the test split."""
@@ -330,6 +382,36 @@ class Promote(Section):
     """The lower end of the paired bootstrap interval of (challenger - champion) must be above this."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     resamples: Positive = 2000
+    group_minimum: Share | None = None
+    """Smallest mean in each group of ``groups``."""
+    max_ece: Share | None = None
+    """Largest expected calibration error, of the voxels that are predicted or true foreground, or of images."""
+    least_subjects: Positive = 10
+    """Test subjects below which a group, or calibration, is too few to judge: that is said, and keeps nobody out."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Most seconds per million voxels, as a median over the test volumes."""
+    max_slowdown: Annotated[float, Field(gt=0)] | None = None
+    """Most times the champion's seconds, as a median over the same volumes on the same kind of device."""
+
+
+class Watch(Section):
+    """When new volumes and the service are said to be in trouble. Alarms are exit statuses of ``score`` and ``watch``: 3 drift, 4
+    backlog, 5 quarantine."""
+
+    window: Positive = 200
+    """New volumes that are compared with the champion's fingerprint: those scored last."""
+    minimum: Annotated[int, Field(ge=5)] = 20
+    """Subjects on either side below which nothing is judged."""
+    psi: Annotated[float, Field(ge=0)] = 0.25
+    """Population stability index from which a change matters (Siddiqi 2006: 0.1 is some, 0.25 a large change)."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Chance of any false alarm of drift in one look, over all figures and sources."""
+    quarantine_days: Annotated[float, Field(gt=0)] = 7.0
+    """Days back in which files that were new are counted."""
+    quarantine_rise: Share = 0.1
+    """How far the share of new volumes in quarantine may rise above the share when the champion was chosen."""
+    backlog_days: Annotated[float, Field(gt=0)] = 3.0
+    """Days that a volume may wait for its first score."""
 
 
 Code = tuple[
@@ -349,14 +431,48 @@ class Segment(Section):
     """Of PS3.16 CID 7151 and those it names."""
 
 
+class Cleaning(Section):
+    """What is done to the voxels of one class, on the image's own grid, in this order; the defaults do nothing."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Probability from which on a voxel may be this class, even where background is likelier, and below which it is not; None:
+    where it is likelier than background. Where several classes may be, the likeliest is."""
+    minimum_ml: Annotated[float, Field(ge=0)] = 0.0
+    """Connected components smaller than this volume in ml become background."""
+    components: Positive | None = None
+    """How many connected components stay, the largest; the others become background. None: all of them."""
+    fill_holes: bool = False
+    """True gives the class the background that it encloses; other classes stay."""
+    connectivity: Literal["faces", "edges", "corners"] = "corners"
+    """What voxels of one component share at least: a face (6 neighbours; 4 in an image of one plane), an edge (18; 8) or a corner
+    (26; 8)."""
+
+
 class Score(Section):
-    """How new volumes are predicted, and how predictions are written."""
+    """How new volumes are predicted, and how predictions are written.
+
+    What is said here when a model is trained belongs to the model: its test figures are made so. When volumes are scored, what is
+    said here then counts, but ``mirrors`` and ``postprocess`` only where they are said, else the model's own. Numbers under other
+    settings are other predictions.
+    """
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of a window that the next one repeats."""
     blending: Literal["gaussian", "constant"] = "gaussian"
     window_batch: Positive = 4
     """Windows per forward pass."""
+    mirrors: Annotated[tuple[Literal[0, 1, 2], ...], AfterValidator(lambda v: tuple(sorted(set(v))))] | None = None
+    """Axes I, J, K after preprocessing along which windows are mirrored too: probabilities are the mean over all combinations, 2, 4
+    or 8 times the work. None: as the model was trained to be scored, at first without."""
+    postprocess: dict[str, Cleaning] | None = None
+    """By foreground class, how label maps are cleaned. None: as the model was validated, at first not at all."""
+    ensemble: tuple[Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)], ...] = ()
+    """Models whose mean of probabilities is scored, instead of the champion's: versions or aliases of the project's model, or
+    ``models:/name/version``, ``models:/name@alias``, folders or URLs. Each preprocesses for itself; their classes must be equal."""
+    split_mb: Annotated[float, Field(gt=0)] | None = None
+    """A segmentation of more MB than that (as float32, stored or preprocessed, whichever is more) is scored in parts by several
+    tasks, which hold some of its planes each, with the same result; between them files of the size of the image and, about twice,
+    of its probabilities lie below the lake. None: none is. Ensembles and cascades are not cut."""
     commit_every: Positive = 256
     """Volumes per commit to the predictions table."""
     max_refused: Share = 0.1
@@ -383,8 +499,25 @@ class Score(Section):
 
     @property
     def numbers(self) -> "Score":
-        """The same without where and how outputs are written: what belongs to a model."""
-        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments"}))
+        """The same without where and how outputs are written, and without other models: what belongs to a model."""
+        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments", "ensemble", "split_mb"}))
+
+    @property
+    def cleaning(self) -> dict[str, Cleaning]:
+        """Of ``postprocess`` what does anything."""
+        return {c: clean for c, clean in sorted((self.postprocess or {}).items()) if digest(clean) != digest(Cleaning())}
+
+    def over(self, own: "Score") -> "Score":
+        """These settings, and where they say nothing those of ``own``, with which a model was validated."""
+        unsaid = {k: getattr(own, k) for k in ("mirrors", "postprocess") if getattr(self, k) is None}
+        return self.model_copy(update=unsaid)
+
+    def changes(self, own: "Score") -> list:
+        """Mirrors and postprocessing, as plain data, where they are others than those of ``own``; empty where not."""
+        mine = self.over(own)
+        if (mine.mirrors or (), mine.cleaning) == (own.mirrors or (), own.cleaning):
+            return []
+        return [list(mine.mirrors or ()), {c: clean.model_dump(exclude_defaults=True) for c, clean in mine.cleaning.items()}]
 
 
 class Tracking(Section):
@@ -425,10 +558,16 @@ class Config(Section):
     preprocess: Preprocess = Preprocess()
     patches: Patches = Patches()
     train: Train = Train()
+    groups: Groups = Groups()
     promote: Promote = Promote()
     score: Score = Score()
+    watch: Watch = Watch()
     tracking: Tracking = Tracking()
     spark: Spark = Spark()
+    imports: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")], ...] = ()
+    """Packages and modules beside MONAI's and torch's own from which networks, losses, metrics and optimizers may come, by their
+    dotted names: with ``[mylab.nets]`` the name ``mylab.nets.small.Tiny`` is taken. Their code runs with your rights. What a model
+    says cannot add to it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -469,7 +608,9 @@ class Config(Section):
         given = [k for k in ("pattern", "csv", "segments") if getattr(labels, k)]
         if len(given) > 1:
             raise ValueError(f"volumes.labels has both {' and '.join(given)}, wanted one")
-        for where, by_class in (("volumes.labels.segments", labels.segments), ("score.segments", self.score.segments)):
+        of_classes = {"volumes.labels.segments": labels.segments, "score.segments": self.score.segments}
+        of_classes["score.postprocess"] = self.score.postprocess
+        for where, by_class in of_classes.items():
             if by_class and (self.task != "segmentation" or not set(by_class) <= set(self.classes[1:])):
                 raise ValueError(
                     f"{where} is by foreground classes of a segmentation, {list(self.classes[1:])}; got {list(by_class)}"

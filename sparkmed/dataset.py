@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparkmed import formats, storage
-from sparkmed.config import Config, digest
+from sparkmed.config import Cascade, Config, digest
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging import intensity, labels, patches, preprocess
 from sparkmed.imaging.geometry import Grid, Placed
@@ -107,8 +107,17 @@ def fields(config: Config, channels: int) -> list[Field]:
     return [Field("patch_id", "str"), Field("subject", "str"), Field("volume", "str"), image, truth]
 
 
+First = Callable[[Volume], Volume]
+"""What the first model of a cascade says about an image, on its grid: see :func:`sparkmed.imaging.preprocess.guidance`."""
+
+
 def version(rows: Sequence[dict], config: Config) -> str:
-    """Name of the dataset that these volumes give under this config: the first 16 hex digits of a digest."""
+    """Name of the dataset that these volumes give under this config: the first 16 hex digits of a digest.
+
+    The first model of a cascade counts by its digest. Raises :class:`ValueError` when it is not pinned.
+    """
+    if config.preprocess.cascade is not None and not config.preprocess.cascade.digest:
+        raise ValueError("preprocess.cascade names no digest: the first model is not pinned")
     volumes = sorted((r["uid"], r["label_uid"], r["target"], r["split"], r["subject"]) for r in rows)
     settings = (config.preprocess, config.patches, config.seed, config.classes, config.task)
     return digest(FORMAT_VERSION, LAYOUT, [list(v) for v in volumes], *settings)[:16]
@@ -126,8 +135,21 @@ def describe(dataset_url: str) -> dict[str, Any]:
     return storage.read_json(where)
 
 
+def pinned_model(lake: str, digest: str) -> str:
+    """Where a lake keeps a copy of the model with this digest, such as the first one of a cascade."""
+    return storage.join(lake, "pinned", digest[:16])
+
+
 def channels(rows: Sequence[dict], config: Config) -> int:
-    return 1 if config.preprocess.channels == "gray" else rows[0]["shape"][0]
+    """Of an image, and behind them those of the first model of a cascade."""
+    own = 1 if config.preprocess.channels == "gray" else rows[0]["shape"][0]
+    return own + config.preprocess.guided
+
+
+def pinned(config: Config) -> str | None:
+    """URL of the first model of a cascade, None without."""
+    cascade = config.preprocess.cascade
+    return None if cascade is None else pinned_model(config.lake, cascade.digest)
 
 
 def numbered(rows: Iterable[dict]) -> list[tuple[int, dict]]:
@@ -171,14 +193,17 @@ def patch_id(uid: str, number: int) -> str:
     return f"{uid}-{number:05d}"
 
 
-def cut(row: dict, config: Config) -> tuple[Iterator[Patch], dict[int, int]]:
+def cut(row: dict, config: Config, first: First | None = None) -> tuple[Iterator[Patch], dict[int, int]]:
     """The patches of one volume, cut one at a time as they are asked for, and how many of each class fell short.
 
     The image is held with its stored type, or float32 when it is resampled; intensities are scaled patch by patch, to the
-    values that :func:`~sparkmed.imaging.preprocess.apply` gives. Raises :class:`Refused` on unreadable pixels, before any patch.
+    values that :func:`~sparkmed.imaging.preprocess.apply` gives. ``first`` is wanted with a cascade. Raises :class:`Refused` on
+    unreadable pixels, before any patch.
     """
     header, spec = VolumeHeader.from_row(row), config.preprocess
-    image = preprocess.place(formats.read_volume(header), spec).array
+    volume = [formats.read_volume(header)]  # held by the list alone: it is gone when it is placed
+    guidance = preprocess.guidance(first(volume[0]), spec) if spec.cascade is not None else None
+    image = preprocess.place(volume.pop(), spec).array
     scale = functools.partial(intensity.scaled, scales=intensity.scales(image, spec.intensity))
     truth = None
     if config.task == "segmentation":
@@ -190,7 +215,8 @@ def cut(row: dict, config: Config) -> tuple[Iterator[Patch], dict[int, int]]:
     else:
         seed = f"{config.seed}/{row['uid']}"
         places, shortfall = patches.sample(spatial, config.patches, seed, truth, len(config.classes))
-    return _patches(image, scale, truth, np.dtype(_label_dtype(config)), places), shortfall
+    found = _patches(image, scale, truth, np.dtype(_label_dtype(config)), places)
+    return found if guidance is None else _guided(found, guidance, spec.cascade, places), shortfall
 
 
 def _patches(image, scale, truth, label_dtype, places) -> Iterator[Patch]:
@@ -199,16 +225,23 @@ def _patches(image, scale, truth, label_dtype, places) -> Iterator[Patch]:
         yield Patch(number, patches.extract(image, place, change=scale), label)
 
 
+def _guided(found: Iterator[Patch], guidance: np.ndarray, cascade: Cascade, places) -> Iterator[Patch]:
+    """The patches with the channels of the first model behind their own; it says background beyond the image's edges."""
+    for patch, place in zip(found, places, strict=True):
+        more = preprocess.as_channels(patches.extract(guidance, place), cascade)
+        yield patch._replace(image=np.concatenate([patch.image, more]))
+
+
 def read_label(row: dict, image: Placed) -> Volume:
     """The label image of a volume row, on the image's axes."""
     label = formats.read_volume(VolumeHeader.from_row(json.loads(row["label"])))
     return labels.on_grid(label, image.affine, image.spatial_shape)
 
 
-def spill(volumes: Iterable[tuple[int, dict]], config: Config, channels: int, url: str) -> Spill:
+def spill(volumes: Iterable[tuple[int, dict]], config: Config, channels: int, url: str, first: First | None = None) -> Spill:
     """Cut ``volumes`` (with their numbers) into runs of patches, all in the file ``url``.
 
-    At most ``patches.file_mb`` of patches are held, and one volume.
+    At most ``patches.file_mb`` of patches are held, and one volume; ``first`` is wanted with a cascade.
     """
     runs, shortfall, refused = [], Counter(), {}
     most = max(1, int(config.patches.file_mb * 1e6 / patch_bytes(config, channels)))
@@ -217,7 +250,7 @@ def spill(volumes: Iterable[tuple[int, dict]], config: Config, channels: int, ur
             waiting: list[tuple[tuple[int, int, int], Patch]] = []
             for volume, row in members:
                 try:
-                    found, short = cut(row, config)
+                    found, short = cut(row, config, first)
                 except Refused as e:
                     refused[row["uid"]] = e
                     continue
@@ -382,6 +415,7 @@ def description(
         "shortfall": dict(shortfall),
         "refused": {uid: [e.reason, e.message] for s in spills for uid, e in s.refused.items()},
         "files": {p.path: p.rows for p in plans},
+        "cascade": config.preprocess.cascade and config.preprocess.cascade.model_dump(mode="json", exclude={"tracking"}),
         "fields": [f.__dict__ | {"shape": list(f.shape)} for f in fields(config, channels(rows, config))],
         **lineage,
     }

@@ -1,10 +1,12 @@
 """Pictures of images, training and results: plain values in, bytes of a PNG out. No screen and no global state of matplotlib."""
 
+import datetime
 import io
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -87,6 +89,37 @@ def strips(
     else:
         axes.set_xlim(left=0)
     axes.set_xlabel(xlabel, fontsize=9)
+    return _png(figure)
+
+
+def indices(figures: Mapping[str, tuple[float, bool]], limit: float) -> bytes:
+    """A bar per figure: name -> (population stability index, whether it drifted), with the ``limit`` from which it matters."""
+    figure = Figure(figsize=(9.2, 0.8 + 0.26 * len(figures)), layout="constrained")
+    axes = figure.subplots()
+    _plain(axes)
+    axes.grid(axis="y", visible=False)
+    values = [v for v, _ in figures.values()]
+    axes.barh(range(len(figures)), values, height=0.62, color=[COLOURS[1] if d else "#9fb3c4" for _, d in figures.values()])
+    axes.axvline(limit, color=INK, lw=1, ls=":")
+    axes.set_yticks(range(len(figures)), list(figures), fontsize=8.5, color=INK)
+    axes.set_ylim(len(figures) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 1.05 * max(*values, 1.2 * limit))
+    axes.set_xlabel("population stability index", fontsize=9)
+    return _png(figure)
+
+
+def history(points: Sequence[tuple[datetime.datetime, float]], limit: float) -> bytes:
+    """The largest population stability index over time, with the ``limit`` from which it matters."""
+    figure = Figure(figsize=(9.2, 2.4), layout="constrained")
+    axes = figure.subplots()
+    _plain(axes)
+    times, values = zip(*points, strict=True)
+    axes.plot(times, values, color=COLOURS[0], lw=1.6, marker="o", ms=3)
+    axes.axhline(limit, color=INK, lw=1, ls=":")
+    axes.set_ylim(0, 1.1 * max(*values, limit))
+    axes.set_ylabel("largest index", fontsize=9)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
     return _png(figure)
 
 

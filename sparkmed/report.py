@@ -30,6 +30,8 @@ from sparkmed.rejection import InputError, Refused
 PAGE = "report/index.html"
 GALLERY = 12
 """Images in a grid of examples."""
+LISTED = 24
+"""Figures of the last look that are shown, the most changed ones."""
 WORST = 12
 """Rows in a table of single subjects."""
 
@@ -49,6 +51,7 @@ def write(config: Config, registry: tracking.Registry) -> str:
         "results": results,
         "examples": _examples_section(config, facts, rows, evaluated),
         "scored": _scored(config),
+        "watch": _watched(config),
         "decisions": _decisions(config),
         "quarantine": refusals(config),
         "local_store": registry.uri.startswith("sqlite:///"),
@@ -80,7 +83,7 @@ def examples(config: Config, model_url: str, rows: Sequence[dict]) -> dict[str, 
         try:
             image = formats.read_volume(VolumeHeader.from_row(row))
             truth = dataset.read_label(row, image) if row["label"] else None
-            model = model or Model.load(model_url, "cpu")
+            model = model or Model.load(model_url, "cpu", config.imports)
             pictures_of[name] = pictures.overlay(image, model.predict(image), truth, config.classes, _limits(config))
         except Refused:
             continue  # the stage that reads every volume says why
@@ -274,7 +277,9 @@ def _examples_section(config: Config, facts: dict, rows: list[dict], evaluated: 
     for name, row in _chosen([by_uid[u] for u in known], known):
         try:
             image = formats.read_volume(VolumeHeader.from_row(row))
-            predicted = _mask(config, masks.get(row["uid"]), image) or Model.load(facts["url"], "cpu").predict(image)
+            predicted = _mask(config, masks.get(row["uid"]), image) or Model.load(facts["url"], "cpu", config.imports).predict(
+                image
+            )
             png = pictures.overlay(image, predicted, dataset.read_label(row, image), config.classes, _limits(config))
         except Refused as e:
             shown.append({"name": name, "subject": row["subject"], "refused": e.reason})
@@ -331,6 +336,43 @@ def _amounts(name: str, values: list[float]) -> dict[str, Any]:
     return {"name": name, **spread, "absent": sum(v == 0 for v in values)}
 
 
+_ALARMS = {
+    "drift": "drifted",
+    "unseen": "the champion was judged on none",
+    "quarantine": "more is refused than then",
+    "backlog": "waits too long",
+}
+
+
+def _watched(config: Config) -> dict[str, Any]:
+    """What the last look at new volumes found, and how the largest index went from look to look."""
+    rows = tables.watch(config.lake).rows()
+    if not rows:
+        return {"missing": "Nothing has been watched yet: the score stage does it at its end."}
+    by_look = defaultdict(list)
+    for r in rows:
+        by_look[r["watched_at"]].append(r)
+    last = by_look[max(by_look)]
+    limit = config.watch.psi
+    indices = {f"{r['figure']}, {r['source']}": (r["psi"], r["verdict"] == "drift") for r in last if r["psi"] is not None}
+    largest = sorted(indices, key=lambda n: -indices[n][0])[:LISTED]
+    most = [(t, max(p)) for t, looked in sorted(by_look.items()) if (p := [r["psi"] for r in looked if r["psi"] is not None])]
+    return {
+        "when": _moment(last[0]["watched_at"]),
+        "version": last[0]["model_version"],
+        "looks": len(by_look),
+        "alarms": [{**r, "says": _ALARMS[r["verdict"]]} for r in last if r["verdict"] in _ALARMS],
+        "judged": sum(r["check"] == "drift" and r["verdict"] != "few" for r in last),
+        "few": sorted({r["source"] for r in last if r["check"] == "drift" and r["verdict"] == "few"}),
+        "drift": sorted((r for r in last if r["psi"] is not None), key=lambda r: -r["psi"])[:LISTED],
+        "more": max(0, len(indices) - LISTED),
+        "picture": _inline(pictures.indices({n: indices[n] for n in largest}, limit)) if largest else None,
+        "history": _inline(pictures.history(most, limit)) if len(most) > 1 else None,
+        "quarantine": [r for r in last if r["check"] == "quarantine"],
+        "service": [r for r in last if r["check"] == "service"],
+    }
+
+
 def _decisions(config: Config) -> list[dict[str, Any]]:
     """Every decision about the champion, the last one first."""
     rows = sorted(tables.promotions(config.lake).rows(), key=lambda r: r["decided_at"], reverse=True)
@@ -342,6 +384,7 @@ def _decisions(config: Config) -> list[dict[str, Any]]:
             "champion": r["champion"],
             "reason": r["reason"],
             "numbers": {k.replace("_", " "): v for k, v in json.loads(r["numbers"] or "{}").items() if isinstance(v, int | float)},
+            "gates": [g for g in json.loads(r["numbers"] or "{}").get("gates", []) if g["wanted"] is not None],
         }
         for r in rows
     ]
@@ -447,7 +490,7 @@ def _gallery(config: Config, model_url: str, rows: Sequence[dict], evaluated: li
         try:
             image = formats.read_volume(VolumeHeader.from_row(row))
             if row["uid"] not in known:
-                model = model or Model.load(model_url, "cpu")
+                model = model or Model.load(model_url, "cpu", config.imports)
                 known[row["uid"]] = list(model.predict(image).values())
         except Refused:
             continue

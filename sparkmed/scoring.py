@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import time
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from sparkmed import dataset, formats, storage
 from sparkmed.config import Segment, digest
-from sparkmed.formats import dicom_seg, nifti
+from sparkmed.formats import dicom, dicom_seg, nifti
 from sparkmed.formats.instance import VolumeHeader
-from sparkmed.imaging import postprocess
+from sparkmed.imaging import intensity, patches, preprocess
+from sparkmed.imaging.geometry import Grid
 from sparkmed.imaging.volume import Volume
-from sparkmed.learning.model import Model
+from sparkmed.learning import inference, metrics
+from sparkmed.learning.model import ClassProbabilities, Model, ModelSpec, Segmentation, blank
 from sparkmed.rejection import Refused
 
 PASSING = frozenset({"UNREADABLE", "CHANGED"})
@@ -41,13 +44,33 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     ``segs`` (segmentation), as the model's score settings say.
 
     ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
-    that class was predicted (null where it was not). ``score`` is against the row's label: Dice per class, or 1 and 0 for right
-    and wrong. ``seg_refused``, no column, is why a prediction has no SEG where one was wanted; it counts without. Raises
-    :class:`Refused` on pixels that cannot be read or do not fit the network.
+    that class was predicted and stayed (null where there are none). ``score`` is against the row's label: Dice per class, or 1 and
+    0 for right and wrong; ``reliability`` how far its confidence can be believed. ``quantiles`` are of the image. ``seg_refused``,
+    no column, is why a prediction has no SEG where one was wanted; it counts without. Raises :class:`Refused` on pixels that cannot
+    be read or do not fit the network.
     """
     started = time.perf_counter()
     header = VolumeHeader.from_row(row)
-    image = formats.read_volume(header)
+    image = [formats.read_volume(header)]  # held by the list alone: it is gone when its windows are computed
+    quantiles = intensity.quantiles(image[0].array)
+    if model.spec.task == "segmentation":
+        found: Segmentation | ClassProbabilities = model.segment(image, keep=keeps_probabilities(model, row, segs))
+    else:
+        found = model.predict(image.pop())
+    out = written(model, row, found, mask_url, segs)
+    return out | {"seconds": time.perf_counter() - started, "quantiles": quantiles}
+
+
+def keeps_probabilities(model: Model, row: dict, segs: SegFolder | None) -> bool:
+    """Whether the probabilities of all voxels are looked at: written, or compared with a label."""
+    return bool(row["label"]) or (segs is not None and model.spec.score.seg_type == "FRACTIONAL")
+
+
+def written(
+    model: Model, row: dict, found: Segmentation | ClassProbabilities, mask_url: str | None = None, segs: SegFolder | None = None
+) -> dict:
+    """Write what was found of a volume row; the columns of :func:`score` but for ``seconds`` and ``quantiles``."""
+    header, classes = VolumeHeader.from_row(row), model.spec.classes
     out = {
         "volume": row["uid"],
         "subject": row["subject"],
@@ -55,38 +78,159 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
         "target": row["target"],
         "device": str(model.device),
     }
-    classes = model.spec.classes
-    if model.spec.task == "segmentation":
-        probabilities = model.probabilities(image)
-        labels = postprocess.as_labels(probabilities)
+    if isinstance(found, Segmentation):
+        labels = found.labels
         if mask_url:
             nifti.write(labels, mask_url)
         if segs:
             try:
-                out["seg"] = _write_seg(model, labels, probabilities, header, segs)
+                out["seg"] = _write_seg(model, labels, found.probabilities, header, segs)
             except Refused as e:
                 if e.reason in PASSING:
                     raise
                 out["seg_refused"] = e
-        counts = np.bincount(labels.array.ravel(), minlength=len(classes))
-        out["ml"] = (counts * image.voxel_ml).tolist()
-        sums = [float(probabilities.array[c][labels.array[0] == c].sum(dtype=np.float64)) for c in range(len(classes))]
-        out["probability"] = [s / n if n else None for s, n in zip(sums, counts.tolist(), strict=True)]
+        out["ml"] = [n * labels.voxel_ml for n in found.voxels]
+        out["probability"] = found.means
         if row["label"]:
             with contextlib.suppress(Refused):  # a broken label is no reason to lose the prediction
-                out["score"] = dice(labels.array[0], dataset.read_label(row, image).array[0], len(classes))
+                truth = dataset.read_label(row, labels).array[0]
+                out["score"] = dice(labels.array[0], truth, len(classes))
+                out["reliability"] = _reliability(found.probabilities.array, labels.array[0], truth)
     else:
-        vector = np.asarray(model.predict(image), np.float64)
+        vector = np.asarray(found, np.float64)
         out["probability"] = vector.tolist()
         out["predicted"] = classes[int(vector.argmax())]
         if row["target"] is not None:
-            out["score"] = [float(vector.argmax() == row["target"])]
-    out["seconds"] = time.perf_counter() - started
-    out["scored_at"] = datetime.datetime.now(datetime.UTC)
-    return out
+            right = vector.argmax() == row["target"]
+            out["score"], out["reliability"] = [float(right)], metrics.reliability(vector.max(), right)
+    return out | {"scored_at": datetime.datetime.now(datetime.UTC)}
 
 
-def _write_seg(model: Model, labels: Volume, probabilities: Volume, header: VolumeHeader, segs: SegFolder) -> str:
+# what a volume costs
+
+
+def cost(row: dict, spec: ModelSpec, gpu: bool = False) -> float:
+    """About how many nanoseconds a volume row takes to score: what tasks are packed by.
+
+    Its windows count, after preprocessing to the model's grid, and its voxels, which are read, decoded, resampled and written.
+    """
+    voxels, network = math.prod(row["shape"]), _NETWORK_GPU_NS if gpu else _NETWORK_NS
+    try:
+        shape = _preprocessed_shape(row, spec)
+    except Refused:  # it will be refused
+        return voxels * _VOXEL_NS
+    windows = spec.windows(shape) if spec.task == "segmentation" else patches.grid(shape, spec.window)
+    return len(windows) * math.prod(spec.window) * network + voxels * (_VOXEL_NS + (_DECODING_NS if _is_compressed(row) else 0))
+
+
+_NETWORK_NS, _NETWORK_GPU_NS = 2000.0, 20.0  # per voxel of a window: a UNet of MONAI
+_VOXEL_NS, _DECODING_NS = 200.0, 60.0  # per voxel of the volume
+
+
+def megabytes(row: dict, spec: ModelSpec) -> float:
+    """MB of a volume row as float32, stored or preprocessed, whichever is more."""
+    try:
+        preprocessed = spec.in_channels * math.prod(_preprocessed_shape(row, spec))
+    except Refused:
+        preprocessed = 0
+    return 4e-6 * max(math.prod(row["shape"]), preprocessed)
+
+
+def _preprocessed_shape(row: dict, spec: ModelSpec) -> tuple[int, int, int]:
+    return preprocess.output_shape(tuple(row["shape"][1:]), np.reshape(row["affine"], (4, 4)), spec.preprocess)
+
+
+def _is_compressed(row: dict) -> bool:
+    if row["format"] != "dicom":
+        return row["format"] == "raster" or row["source_paths"][0].endswith(".gz")
+    facts = VolumeHeader.from_row(row).facts
+    return bool(facts.get("syntaxes") and dicom.decoder(facts["syntaxes"][0], facts["pixels"][0]))
+
+
+# a volume in parts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A volume that several tasks score: its preprocessed image, and the sums of its blocks of windows, are files below ``url``.
+
+    Both are float32, plane by plane along the axis of the blocks. ``affine`` and ``shape`` are the preprocessed grid's.
+    """
+
+    url: str
+    affine: tuple[float, ...]
+    shape: tuple[int, int, int]
+    seconds: float = 0.0
+    quantiles: tuple[float, ...] = ()
+    """Of the intensities of the volume as it is stored."""
+
+
+def spread(model: Model, row: dict, url: str) -> Parts:
+    """Write the preprocessed image of a volume row below ``url``; statistics of its intensities are of the whole.
+
+    Holds the volume as it is stored, and as it is placed on the preprocessed grid (the same where nothing is resampled).
+    """
+    started = time.perf_counter()
+    volume = [formats.read_volume(VolumeHeader.from_row(row))]
+    quantiles = tuple(intensity.quantiles(volume[0].array))
+    grid, read = model.reader(volume)
+    axis = model.spec.windows(grid.spatial_shape).axis
+    with storage.writing(storage.join(url, "image")) as file:
+        for start in range(0, grid.spatial_shape[axis], _PLANES):
+            slab = read(start, min(start + _PLANES, grid.spatial_shape[axis]))
+            file.write(np.ascontiguousarray(np.moveaxis(slab, 1 + axis, 0)))
+    return Parts(url, tuple(grid.affine.ravel().tolist()), grid.spatial_shape, time.perf_counter() - started, quantiles)
+
+
+_PLANES = 8
+
+
+def score_block(model: Model, parts: Parts, block: int) -> float:
+    """Write the sums of one block of windows; how many seconds it took. Holds its planes of the image, and its sums twice."""
+    started, windows = time.perf_counter(), model.spec.windows(parts.shape)
+    slab = _planes(storage.join(parts.url, "image"), model.spec.in_channels, windows, *windows.planes(block))
+    sums = inference.block_sums(model.predictor, slab, windows, block, model.device)
+    storage.write_bytes(_block_url(parts, block), np.moveaxis(sums, 1 + windows.axis, 0).tobytes())
+    return time.perf_counter() - started
+
+
+def joined(model: Model, row: dict, parts: Parts, mask_url: str | None = None, segs: SegFolder | None = None) -> dict:
+    """What :func:`score` gives, from parts whose blocks are all there.
+
+    Blocks are added in their order, so it does not matter who computed which when. Holds the label map, and the sums of two blocks.
+    """
+    started, header, windows = time.perf_counter(), VolumeHeader.from_row(row), model.spec.windows(parts.shape)
+    grid, stored = Grid(parts.affine, parts.shape), Grid(header.affine, header.shape[1:])
+    classes = len(model.spec.classes)
+
+    def sums():
+        for block in range(len(windows.blocks)):
+            first, last = windows.planes(block)
+            yield _planes(_block_url(parts, block), classes, windows, 0, last - first).copy()
+
+    image = blank(stored, series_uid=header.series_uid, modality=header.modality, sources=header.sources)
+    pieces = preprocess.planes_to_input_grid(inference.averaged(sums(), windows), windows.axis, grid, image)
+    found = model.labelled(pieces, image, keep=keeps_probabilities(model, row, segs))
+    seconds = parts.seconds + time.perf_counter() - started
+    return written(model, row, found, mask_url, segs) | {"seconds": seconds, "quantiles": list(parts.quantiles)}
+
+
+def _block_url(parts: Parts, block: int) -> str:
+    return storage.join(parts.url, f"block-{block:05d}")
+
+
+def _planes(url: str, channels: int, windows: inference.Windows, start: int, stop: int) -> np.ndarray:
+    """(channels, I, J, K) float32 of planes ``start`` to ``stop`` in a file."""
+    across = [n for a, n in enumerate(windows.shape) if a != windows.axis]
+    size = 4 * channels * math.prod(across)
+    (data,) = storage.read_ranges([(url, start * size, stop * size)])
+    return np.moveaxis(np.frombuffer(data, np.float32).reshape(stop - start, channels, *across), 0, 1 + windows.axis)
+
+
+# what is written
+
+
+def _write_seg(model: Model, labels: Volume, probabilities: Volume | None, header: VolumeHeader, segs: SegFolder) -> str:
     """The name of the file, which is a hash; volume, model and settings make the name, the UIDs and the content."""
     settings = model.spec.score
     identity = key(header.uid, segs.model_digest, segs.settings)
@@ -97,6 +241,14 @@ def _write_seg(model: Model, labels: Volume, probabilities: Volume, header: Volu
         labels, header, url, segments, settings.seg_type, probabilities, identity=identity, model=segs.model, version=segs.version
     )
     return name
+
+
+def _reliability(probabilities: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Of the voxels that are predicted or true foreground: the background, easy and large, would hide what they are like."""
+    where = (predicted > 0) | (truth > 0)
+    predicted, truth = predicted[where], truth[where]
+    confidence = np.take_along_axis(probabilities[:, where], predicted[None].astype(np.intp), 0)[0]
+    return metrics.reliability(confidence, predicted == truth)
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[float | None]:

@@ -59,6 +59,12 @@ def join(url: str, *parts: str) -> str:
     return posixpath.join(absolute(url), *(str(p).strip("/") for p in parts))
 
 
+def real(url: str) -> str:
+    """``url`` as :func:`absolute` has it, links of a local path followed: two names of one place are one."""
+    path = local_path(url)
+    return absolute(url) if path is None else absolute(os.path.realpath(path))
+
+
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of ``url`` and the path in it."""
     path = local_path(url)
@@ -111,7 +117,7 @@ def _walk_local(root: pathlib.Path) -> Iterator[File]:
         except OSError:
             if folder == str(root):
                 raise
-            yield File(f"file://{folder}", prefix.rstrip("/"), 0, 0, "UNREADABLE")
+            yield File(f"file://{folder}/", prefix, 0, 0, "UNREADABLE")
             return
         for entry in found:
             if entry.is_dir(follow_symlinks=False):
@@ -121,6 +127,9 @@ def _walk_local(root: pathlib.Path) -> Iterator[File]:
                 stray = _stray(entry, root)
                 status = entry.stat(follow_symlinks=not stray)
             except FileNotFoundError:  # removed since it was listed
+                continue
+            except OSError:
+                yield File(f"file://{entry.path}", prefix + entry.name, 0, 0, "UNREADABLE")
                 continue
             if not (entry.is_symlink() and stray == "SPECIAL_FILE"):  # a link to a folder
                 yield File(f"file://{entry.path}", prefix + entry.name, status.st_size, status.st_mtime_ns, stray)

@@ -51,6 +51,7 @@ CATALOG = pa.schema(
         ("affine", pa.list_(pa.float64())),
         ("header", pa.string()),
         ("identity", pa.string()),  # of who read the file: number of the reader, fingerprint of the key that made ``subject``
+        ("seen_at", _TIME),  # when the file was read, as it is now
         *_LINEAGE,
     ]
 )
@@ -108,6 +109,8 @@ PREDICTIONS = pa.schema(
             "score",
             pa.list_(pa.float64()),
         ),  # against a label where there is one: Dice per class (null: absent in both), or correctness
+        ("quantiles", pa.list_(pa.float64())),  # of the image's values: intensity.QUANTILES, channel by channel
+        ("reliability", pa.list_(pa.float64())),  # against a label: metrics.reliability, of voxels or of the image
         ("seconds", pa.float64()),
         ("device", pa.string()),
         ("scored_at", _TIME),
@@ -123,6 +126,46 @@ PROMOTIONS = pa.schema(
         ("reason", pa.string()),
         ("numbers", pa.string()),  # JSON
         ("decided_at", _TIME),
+        *_LINEAGE,
+    ]
+)
+FINGERPRINTS = pa.schema(
+    [
+        ("key", pa.string()),  # digest of (set, source, figure): each key once
+        ("set", pa.string()),  # digest of (model, grouping): the rows of one fingerprint
+        ("model_name", pa.string()),
+        ("model_version", pa.string()),
+        ("model_digest", pa.string()),
+        ("test", pa.string()),  # digest of the test split
+        ("source", pa.string()),  # such as modality=CT
+        ("figure", pa.string()),
+        ("subjects", pa.int64()),
+        ("values", pa.list_(pa.float64())),  # one per subject, in order of size; of "quarantined": how many, of how many
+        ("edges", pa.list_(pa.float64())),  # of bins
+        ("made_at", _TIME),
+        *_LINEAGE,
+    ]
+)
+WATCH = pa.schema(
+    [
+        ("model_name", pa.string()),
+        ("model_version", pa.string()),
+        ("model_digest", pa.string()),
+        ("check", pa.string()),  # drift, quarantine, service
+        ("source", pa.string()),
+        ("figure", pa.string()),
+        ("reference", pa.int64()),  # subjects, or volumes (quarantine), that the champion was judged on
+        ("current", pa.int64()),  # new ones
+        ("before", pa.float64()),  # the figure then: a median, a share
+        ("value", pa.float64()),  # the figure now
+        ("psi", pa.float64()),
+        ("chance", pa.float64()),  # what the index may be by chance
+        ("ks", pa.float64()),
+        ("p", pa.float64()),
+        ("adjusted", pa.float64()),  # p after Holm
+        ("verdict", pa.string()),  # fine, few, drift, unseen, backlog, quarantine
+        ("inputs", pa.string()),  # digest of what was compared: the same is not written again
+        ("watched_at", _TIME),
         *_LINEAGE,
     ]
 )
@@ -285,6 +328,16 @@ def evaluations(lake: str) -> Table:
 def promotions(lake: str) -> Table:
     """Every decision about the champion, with its numbers."""
     return Table(storage.join(lake, "promotions"), PROMOTIONS)
+
+
+def fingerprints(lake: str) -> Table:
+    """What the volumes that a champion was judged on are like, and what it said about them."""
+    return Table(storage.join(lake, "fingerprints"), FINGERPRINTS)
+
+
+def watch(lake: str) -> Table:
+    """What each look at new volumes and at the service found; the rows of one look share ``watched_at``."""
+    return Table(storage.join(lake, "watch"), WATCH)
 
 
 def audit(out: str) -> Table:

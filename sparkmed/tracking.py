@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 
 from sparkmed import storage  # noqa: E402
 from sparkmed.config import Config  # noqa: E402
+from sparkmed.learning import model as models  # noqa: E402
 from sparkmed.learning.model import Model  # noqa: E402
 from sparkmed.rejection import InputError  # noqa: E402
 
 CHAMPION = "champion"
 _LOADER = "sparkmed.learning.model"
+_DIGEST = "sparkmed.model_digest"
+_REGISTERED = re.compile(r"models:/([^/@]+)(?:@(.+)|/(\d+|latest))")
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,12 @@ class Registry:
 
     def champion(self) -> str | None:
         """The version that the champion alias names, None without one."""
+        return self.aliased(CHAMPION)
+
+    def aliased(self, alias: str) -> str | None:
+        """The version that an alias names, None without one."""
         try:
-            return str(self.client.get_model_version_by_alias(self.model, CHAMPION).version)
+            return str(self.client.get_model_version_by_alias(self.model, alias).version)
         except MlflowException as e:
             if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model, no such alias
                 return None
@@ -120,15 +128,21 @@ class Registry:
         found = self.client.get_model_version(self.model, version)
         return {"name": found.name, "version": str(found.version), "run_id": found.run_id, **found.tags}
 
+    def digest(self, version: str) -> str:
+        """The digest of the model when it was registered; "" of a version that does not say."""
+        return self.version_facts(version).get(_DIGEST, "")
+
     def fetch(self, version: str, lake: str) -> str:
-        """URL of the model folder of a version in the lake, copied there once: executors need no MLflow."""
-        url = storage.join(lake, "models", storage.component(self.model), version)
-        spec = storage.join(url, "spec.json")
-        if not storage.exists(spec):
+        """URL of the model folder of a version in the lake, copied there once: executors need no MLflow.
+
+        Raises :class:`InputError` when the copy, or what the registry has now, is not what was registered.
+        """
+        url, digest = storage.join(lake, "models", storage.component(self.model), version), self.digest(version)
+        if storage.exists(storage.join(url, models.SPEC)):
+            models.read_spec(url, digest)
+        else:
             with tempfile.TemporaryDirectory() as folder:
-                found = _download(f"models:/{self.model}/{version}", self.uri, folder)
-                for name in ("weights.safetensors", "spec.json"):  # the spec last: it says that the weights are there
-                    storage.write_bytes(storage.join(url, name), (found / name).read_bytes())
+                models.copy(str(_download(f"models:/{self.model}/{version}", self.uri, folder)), url, digest)
         return url
 
     def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
@@ -157,25 +171,24 @@ class Run:
             mlflow.log_artifact(str(target), None if str(path.parent) == "." else str(path.parent))
 
     def register(self, folder: str, tags: Mapping[str, str]) -> str:
-        """Log the model folder (safetensors weights and a JSON spec) and register it; the version.
+        """Log the model folder (safetensors weights and a JSON spec, also of a first model) and register it; the version.
 
         ``mlflow.pyfunc`` loads it as well, without a pickle: the entry point is a module of this package.
         """
         with tempfile.TemporaryDirectory() as scratch:
             data = pathlib.Path(scratch) / "network"
-            data.mkdir()
-            for name in ("weights.safetensors", "spec.json"):
-                (data / name).write_bytes(storage.read_bytes(storage.join(folder, name)))
+            models.copy(folder, str(data))
             info = mlflow.pyfunc.log_model(
                 name="model",
                 loader_module=_LOADER,
                 data_path=str(data),
                 pip_requirements=_requirements(),
-                metadata={"spec": json.loads((data / "spec.json").read_text())},
+                metadata={"spec": json.loads((data / models.SPEC).read_text())},
+                model_config={"imports": []},
                 registered_model_name=self.registry.model,
             )
         version = str(info.registered_model_version)
-        for key, value in tags.items():
+        for key, value in {**tags, _DIGEST: models.model_digest(folder)}.items():
             self.registry.note(version, key, value)
         return version
 
@@ -191,18 +204,40 @@ def of(config: Config) -> Registry:
     return Registry(uri, config.tracking.experiment or config.name, config.tracking.model or config.name, artifacts)
 
 
-def load_model(uri: str, tracking_uri: str | None = None, device: str = "auto") -> Model:
+def load_model(uri: str, tracking_uri: str | None = None, device: str = "auto", imports: Sequence[str] = ()) -> Model:
     """The model at ``models:/name@alias``, ``models:/name/version``, ``runs:/...``, or in a folder.
 
     ``model.predict(volume)`` gives a label Volume on the input's own grid, or class probabilities. Weights are read from
-    safetensors and checked against the digest in the spec; nothing is unpickled.
+    safetensors and checked against the digest in the spec; nothing is unpickled. Networks are MONAI's, or below ``imports``.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        if uri.startswith(("models:", "runs:", "mlflow-artifacts:")):
-            source = str(_download(uri, tracking_uri, folder))
-        else:
-            source = uri
-        return Model.load(source, device)
+    with located(uri, tracking_uri) as (_, folder):
+        return Model.load(folder, device, imports)
+
+
+@contextlib.contextmanager
+def located(uri: str, tracking_uri: str | None = None) -> Iterator[tuple[str, str]]:
+    """What the model at ``uri`` is called for good, an alias being the version that it names now, and a folder or URL with it.
+
+    Raises :class:`InputError` when there is none, or a version that is not what was registered.
+    """
+    if not uri.startswith(("models:", "runs:", "mlflow-artifacts:")):
+        yield storage.absolute(uri), uri
+        return
+    digest = ""
+    if match := _REGISTERED.fullmatch(uri):
+        registry, alias, version = Registry(tracking_uri or mlflow.get_tracking_uri(), "", match[1]), match[2], match[3]
+        try:
+            version = registry.aliased(alias) if alias else registry.latest() if version == "latest" else version
+            if version is None:
+                raise InputError(f"{uri}: the registry has no such model or alias")
+            digest = registry.digest(version)
+        except MlflowException as e:
+            raise InputError(f"{uri}: {' '.join(str(e).split())[:300]}") from None
+        uri = f"models:/{match[1]}/{version}"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = str(_download(uri, tracking_uri, scratch))
+        models.read_spec(folder, digest)
+        yield uri, folder
 
 
 def _download(uri: str, tracking_uri: str | None, folder: str) -> pathlib.Path:
@@ -215,9 +250,9 @@ def _download(uri: str, tracking_uri: str | None, folder: str) -> pathlib.Path:
         raise InputError(f"{uri}: {' '.join(str(e).split())[:300]}") from None
     finally:
         mlflow.set_registry_uri(before[1])
-    found = sorted(pathlib.Path(path).rglob("spec.json"))
+    found = sorted(pathlib.Path(path).rglob(models.SPEC), key=lambda p: len(p.parts))  # those below it are parts of it
     if not found:
-        raise InputError(f"{uri} is not a sparkmed model: it holds no spec.json")
+        raise InputError(f"{uri} is not a sparkmed model: it holds no {models.SPEC}")
     return found[0].parent
 
 

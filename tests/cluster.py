@@ -48,7 +48,7 @@ class Cluster:
         command += [word for key, value in settings.items() for word in ("--conf", f"{key}={value}")]
         command += [str(program), *(str(a) for a in args)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with _kept(command, _environment(self.folder) | (env or {}), **streams) as process:
+        with kept(command, _environment(self.folder) | (env or {}), **streams) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired as e:
@@ -70,7 +70,7 @@ def standalone(folder: pathlib.Path, workers=2, cores=1, memory="2g", patience=9
             log = folder / f"{name}.log"
             command = [str(SPARK_HOME / "bin" / "spark-class"), *arguments]
             output = stack.enter_context(open(log, "w"))
-            stack.enter_context(_kept(command, _environment(folder), stdout=output, stderr=subprocess.STDOUT))
+            stack.enter_context(kept(command, _environment(folder), stdout=output, stderr=subprocess.STDOUT))
             return log
 
         at = ["--host", "127.0.0.1", "--port", "0", "--webui-port", "0"]
@@ -114,7 +114,7 @@ def _told(log: pathlib.Path, pattern: str, patience: float) -> str:
 
 
 @contextlib.contextmanager
-def _kept(command: list[str], environment: dict[str, str], **streams) -> Iterator[subprocess.Popen]:
+def kept(command: list[str], environment: dict[str, str], **streams) -> Iterator[subprocess.Popen]:
     """``command`` under a keeper: it ends with the block, and with this process."""
     theirs, ours = os.pipe()
     keeper = [sys.executable, __file__, str(theirs), *command]

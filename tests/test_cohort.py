@@ -8,6 +8,7 @@ import pytest
 from sparkmed import cohort, config
 from sparkmed.formats import segmentation
 from sparkmed.formats.instance import VolumeHeader
+from sparkmed.imaging import splits
 from sparkmed.rejection import InputError
 
 KEY = b"0123456789abcdef"
@@ -273,3 +274,50 @@ def test_only_images_with_these_facts(only, left):
     else:
         found = study(images, key=None, **settings)
         assert "".join(m.subject for m in found.members) == left and found.ignored == 3 - len(left)
+
+
+def grouped(tmp_path, table, **groups):
+    (tmp_path / "groups.csv").write_text(table)
+    settings = config.parse(SEGMENTATION | {"groups": {"csv": str(tmp_path / "groups.csv"), **groups}})
+    scanner = json.dumps({"scanner": "GE Discovery"})
+
+    def row(uid, subject, path, modality, header):
+        facts = {"modality": modality, "format": "dicom" if modality else "nifti", "header": header}
+        return {"uid": uid, "subject": subject, "source_paths": [path]} | facts
+
+    rows = [
+        row("1", splits.pseudonym("anna", KEY), "img/anna.nii.gz", "", "{}"),
+        row("2", splits.pseudonym("ben", KEY), "img/ben.nii.gz", "CT", scanner),
+        row("3", "other", "x", "CT", scanner),
+    ]
+    return cohort.groups(rows, settings, KEY)
+
+
+def test_groups_by_subject_pseudonym_or_path(tmp_path):
+    pseudonym = splits.pseudonym("ben", KEY)
+    table = f"subject,path,site,sex\nanna,,A,F\n{pseudonym},,B,\n,x,A,M\nnobody,,C,F\n"
+    found = grouped(tmp_path, table, by=["modality", "site", "sex"])
+    assert found == {
+        "1": {"modality": "nifti", "site": "A", "sex": "F"},
+        "2": {"modality": "CT", "site": "B"},
+        "3": {"modality": "CT", "site": "A", "sex": "M"},
+    }
+
+
+def test_a_scanner_is_of_the_header_unless_the_table_has_one(tmp_path):
+    of_header = {"scanner": "GE Discovery"}
+    assert grouped(tmp_path, "subject,site\nanna,A\n", by="scanner") == {"1": {}, "2": of_header, "3": of_header}
+    assert grouped(tmp_path, "subject,scanner\nanna,S1\n", by="scanner") == {"1": {"scanner": "S1"}, "2": {}, "3": {}}
+
+
+def test_groups_that_contradict_or_name_everybody_are_errors(tmp_path):
+    with pytest.raises(InputError, match="two rows of one subject differ"):
+        grouped(tmp_path, "subject,site\nanna,A\nanna,B\n", by="site")
+    with pytest.raises(InputError, match="wanted columns site and path or subject"):
+        grouped(tmp_path, "subject,place\nanna,A\n", by="site")
+    with pytest.raises(InputError, match="column site has 65 values"):
+        grouped(tmp_path, "subject,site\n" + "".join(f"p{n},{n}\n" for n in range(65)), by="site")
+    with pytest.raises(InputError, match="groups: by names site, wanted csv"):
+        config.parse(SEGMENTATION | {"groups": {"by": ["site"]}})
+    with pytest.raises(InputError, match="a group is of many"):
+        config.parse(SEGMENTATION | {"groups": {"by": ["subject"], "csv": "x"}})

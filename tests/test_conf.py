@@ -127,6 +127,16 @@ def test_dockerfile_copies_what_is_there():
     assert not [path for path in copied if path != "README.md" and not (ROOT / path).exists()]
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "kubernetes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("version", ["1.29", "1.37"])
+def test_kubernetes_knows_each_field(path, version):
+    """By the schema of the version's own API; other keys are refused."""
+    import kubernetes_validate
+
+    for document in yaml.safe_load_all(path.read_text()):
+        assert kubernetes_validate.validate(document, version, strict=True) == version
+
+
 def test_driver_of_kubernetes_is_the_account_of_the_role():
     documents = {d["kind"]: d for d in yaml.safe_load_all((CONF / "kubernetes" / "rbac.yaml").read_text())}
     asked = options(CONF / "spark" / "kubernetes.conf")
@@ -147,10 +157,23 @@ JOBS = BUNDLE["resources"]["jobs"]
 
 @pytest.mark.parametrize("job", JOBS)
 def test_databricks_knows_each_field(job):
-    """Of the job and all below it, by Databricks' own client."""
-    from databricks.sdk.service.jobs import JobSettings
+    """Of the job and all below it, and each value is of its type: by the classes that Databricks makes of its bundles' schema."""
+    from databricks.bundles.jobs import Job
 
-    assert JobSettings.from_dict(JOBS[job]).as_dict() == JOBS[job]
+    assert Job.from_dict(JOBS[job]).as_dict() == JOBS[job]
+
+
+def test_bundle_around_the_jobs():
+    """The keys that docs.databricks.com/dev-tools/bundles/reference gives; the schema itself comes with Databricks' CLI only."""
+    top = {"artifacts", "bundle", "experimental", "include", "permissions", "presets", "python", "resources", "run_as", "scripts"}
+    top |= {"sync", "targets", "variables", "workspace"}
+    assert set(BUNDLE) <= top and BUNDLE["bundle"].keys() == {"name"} and BUNDLE["sync"].keys() <= {"include", "exclude", "paths"}
+    assert all(v.keys() <= {"default", "description", "lookup", "type"} for v in BUNDLE["variables"].values())
+    for target in BUNDLE["targets"].values():
+        assert target.keys() <= top - {"include", "targets"} | {"default", "mode"}
+        assert target["mode"] in ("development", "production")
+        changed = target.get("resources", {"jobs": {}})["jobs"]
+        assert all(changed[job].keys() <= JOBS[job].keys() for job in changed)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -167,7 +190,7 @@ def test_tasks_name_what_there_is(job):
 
 def test_bundle_has_every_stage():
     run = {task["task_key"] for job in JOBS.values() for task in job["tasks"]}
-    assert run == {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"deidentify"}  # that one is of no project
+    assert run == {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"deidentify", "watch"}  # of no project; done by score
 
 
 def test_bundle_variables_are_declared_and_used():

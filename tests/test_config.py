@@ -35,6 +35,13 @@ LEAST = {"name": "p", "task": "segmentation", "classes": ["background", "organ"]
         ({"score": {"segments": {"organ": {"type": ["10200004", "SCT"]}}}}, "score.segments.organ.type"),
         ({"score": {"segments": {"organ": {"type": ["1", "a scheme of many words", "Liver"]}}}}, "at most 16 characters"),
         ({"preprocess": {"orientation": "RAX"}}, "preprocess.orientation"),
+        ({"score": {"postprocess": {"background": {}}}}, "score.postprocess is by foreground classes"),
+        ({"score": {"postprocess": {"organ": {"treshold": 0.5}}}}, "unknown key score.postprocess.organ.treshold"),
+        ({"score": {"postprocess": {"organ": {"threshold": 0}}}}, "score.postprocess.organ.threshold: Input should be greater"),
+        ({"score": {"mirrors": [3]}}, "score.mirrors.0"),
+        ({"preprocess": {"cascade": {"digest": "x", "model": "m"}}}, "preprocess.cascade.digest"),
+        ({"preprocess": {"cascade": {"output": "labels"}}}, "preprocess.cascade.model is missing"),
+        ({"imports": ["os; import sys"]}, "imports.0"),
     ],
 )
 def test_a_wrong_config_is_one_sentence(change, sentence):
@@ -121,3 +128,23 @@ def test_how_masks_are_written_counts_only_when_it_is_not_as_ever():
 
 def test_codes_may_be_written_as_numbers():
     assert config.Segment(type=[10200004, "SCT", "Liver"]).type == ("10200004", "SCT", "Liver")
+
+
+def test_what_a_model_was_validated_with_counts_unless_something_else_is_said():
+    own = config.Score(mirrors=[2, 0], postprocess={"organ": {"components": 1}})
+    said = config.Score(overlap=0.25)
+    assert (said.over(own).mirrors, said.over(own).postprocess, said.over(own).overlap) == ((0, 2), own.postprocess, 0.25)
+    assert (
+        said.changes(own) == own.changes(own) == config.Score().changes(config.Score(mirrors=[], postprocess={"organ": {}})) == []
+    )
+    cleanings = [{}, {"organ": {}}, {"organ": {"components": 1, "fill_holes": True}}]
+    others = [config.Score(mirrors=[0]), config.Score(mirrors=[]), *[config.Score(postprocess=p) for p in cleanings]]
+    digests = [config.digest(*o.changes(own)) for o in others]
+    assert len(set(digests)) == 4 and digests[2] == digests[3]
+
+
+def test_new_keys_that_say_nothing_leave_digests_alone():
+    assert config.digest(config.Score(mirrors=None, postprocess=None, ensemble=[])) == config.digest(config.Score())
+    assert config.digest(config.Preprocess(cascade=None)) == config.digest(config.Preprocess())
+    assert config.Score(ensemble=[3, "champion", "models:/other/1"]).ensemble == ("3", "champion", "models:/other/1")
+    assert config.Score(ensemble=[3]).numbers == config.Score()

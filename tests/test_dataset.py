@@ -135,6 +135,59 @@ def test_a_row_is_a_patch_of_its_volume(rows, tmp_path):
             assert written["label"] == npy(patches.extract(label.array[0], place))
 
 
+def guided(s, output="labels", digest="a" * 64):
+    cascade = config.Cascade(model="models:/whole/1", output=output, digest=digest, classes=("body", "bone"))
+    return s.model_copy(update={"preprocess": s.preprocess.model_copy(update={"cascade": cascade})})
+
+
+def first_model(output):
+    """Thresholds, on the image's own grid."""
+
+    def say(image):
+        soft = np.clip((image.array + 200) / 500, 0, 1).astype(np.float32)
+        labels = (image.array > 0).astype(np.uint8) + (image.array > 100).astype(np.uint8)
+        return image.with_array(labels if output == "labels" else np.concatenate([soft, soft**2]))
+
+    return say
+
+
+@pytest.mark.parametrize("output", ["labels", "probabilities"])
+@pytest.mark.parametrize("size", [[16, 16, 16], [32, 16, 16]])
+def test_the_channels_of_a_first_model_follow_those_of_the_image(rows, tmp_path, output, size):
+    plain = settings(tmp_path, size=size, row_groups=1)
+    plain = plain.model_copy(update={"preprocess": plain.preprocess.model_copy(update={"spacing": (3.0, 4.0, 5.0)})})
+    s, first = guided(plain, output), first_model(output)
+    assert dataset.channels(rows, s) == 3
+    for row in (rows[0], rows[4]):
+        volume = formats.read_volume(VolumeHeader.from_row(row))
+        image, label = preprocess.apply(volume, s.preprocess, dataset.read_label(row, volume), first=first(volume))
+        assert image.array.shape[0] == 3 and np.array_equal(image.array[:1], preprocess.apply(volume, plain.preprocess).array)
+        assert (set(np.unique(image.array[1:])) == {0, 1}) == (output == "labels")
+        with_first, alone = list(dataset.cut(row, s, first)[0]), list(dataset.cut(row, plain)[0])
+        places = patches.grid(image.spatial_shape, s.patches.size)
+        for n, (found, without) in enumerate(zip(with_first, alone, strict=True)):
+            assert np.array_equal(found.image[:1], without.image) and np.array_equal(found.label, without.label)
+            assert found.image.shape == (3, *size) and found.image.dtype == np.float32
+            if row["split"] != "train":
+                assert np.array_equal(found.image, patches.extract(image.array, places[n]))
+    (tmp_path / "s").mkdir()
+    spills = [dataset.spill(dataset.numbered(rows), s, 3, str(tmp_path / "s" / "0"), first)]
+    plans = dataset.plan(spills, s, 3)
+    facts = [(r["uid"], r["subject"], r["target"]) for _, r in dataset.numbered(rows)]
+    dataset.write(plans[0], facts, s, 3, str(tmp_path / "d"))
+    (written, *_) = table((tmp_path / "d" / plans[0].path).read_bytes())
+    assert np.load(io.BytesIO(written["image"])).shape == (3, *size)
+    assert dataset.description(s, rows, spills, plans, {})["cascade"]["digest"] == "a" * 64
+
+
+def test_the_version_depends_on_the_digest_of_the_first_model(rows, tmp_path):
+    s = settings(tmp_path)
+    versions = {dataset.version(rows, x) for x in (s, guided(s), guided(s, digest="b" * 64), guided(s, "probabilities"))}
+    assert len(versions) == 4
+    with pytest.raises(ValueError, match="the first model is not pinned"):
+        dataset.version(rows, guided(s, digest=""))
+
+
 def npy(array):
     stream = io.BytesIO()
     np.save(stream, array)

@@ -34,6 +34,21 @@ def test_every_stage_did_its_work(project):
     assert storage.exists(done["report"]["report"])
 
 
+def test_the_champion_has_a_fingerprint_and_a_first_run_has_no_alarm(project):
+    settings, done = project
+    assert done["score"]["alarms"] == "none"
+    kept = {r["figure"]: r for r in tables.fingerprints(settings.lake).rows() if r["source"] == "modality=nifti"}
+    assert {"intensity p50", "field ml", "liver ml", "liver probability", "quarantined"} <= kept.keys()
+    judged = tables.evaluations(settings.lake).rows()
+    assert kept["intensity p50"]["values"] == sorted(float(f"{r['quantiles'][2]:.4g}") for r in judged)
+    for r in judged:  # every voxel that is counted is foreground, predicted or true, and right or wrong
+        counts, confidence, right = np.reshape(r["reliability"], (3, 15)).sum(1)
+        assert 0 < right <= counts and 1 / 3 <= confidence / counts <= 1
+    (decision,) = [json.loads(r["numbers"]) for r in tables.promotions(settings.lake).rows()]
+    assert {"metric", "ece", "seconds", "group modality=nifti"} == {g["gate"] for g in decision["gates"]}
+    assert {r["check"] for r in tables.watch(settings.lake).rows()} == {"quarantine", "service"}  # no volume is new
+
+
 def test_a_second_run_does_nothing_twice(project):
     settings, _ = project
 

@@ -171,7 +171,19 @@ def fill(settings, rows, scored, evaluated, url):
         "device": "cpu",
         "scored_at": NOW,
     }
+    then = {"model_name": "phantom", "model_version": "2", "model_digest": digest, "run": 1}
+    drifted = {"check": "drift", "source": "modality=MR", "reference": 40, "current": 50, "before": 10.0, "value": 14.5, "p": 1e-6}
+    looks = [
+        drifted | {"figure": "liver ml", "psi": 1.25, "chance": 0.4, "ks": 0.6, "adjusted": 2e-5, "verdict": "drift"},
+        drifted | {"figure": "field ml", "psi": 0.05, "chance": 0.4, "ks": 0.1, "adjusted": 1.0, "verdict": "fine"},
+        {"check": "quarantine", "source": "all", "figure": "quarantined", "current": 50, "before": 0.0, "value": 0.02,
+         "verdict": "fine"},
+        {"check": "service", "source": "all", "figure": "backlog volumes", "value": 7.0, "verdict": "fine"},
+    ]  # fmt: skip
+    days = [NOW - datetime.timedelta(days=d) for d in (1, 0)]
+    watched = [r | then | {"watched_at": day} for day in days for r in looks]
     for table, content in (
+        (tables.watch(lake), watched),
         (tables.catalog(lake), catalog),
         (tables.quarantine(lake), refusals),
         (tables.volumes(lake), rows),
@@ -277,7 +289,7 @@ def test_the_page_stands_alone_and_is_accessible(segmented_page):
     page = segmented_page
     assert {x.split(",")[0] if x.startswith("data:") else x[0] for x in page.links} == {"#", "data:image/png;base64"}
     assert {x[1:] for x in page.links if x.startswith("#")} <= set(page.ids)
-    assert len(page.images) == 6 and all(len(i["alt"]) > 20 for i in page.images)
+    assert len(page.images) == 8 and all(len(i["alt"]) > 20 for i in page.images)
     for image in page.images:
         Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))).verify()
 
@@ -303,6 +315,14 @@ def test_segmentation_numbers(segmented_page):
     assert "Best : sub-0000000000000003" in page.text and "Worst : sub-0000000000000006" in page.text
     assert "difference to version 1 is +0.0210" in page.text and "difference 0.0210" in page.text
     assert "401.5" in page.text  # median ml
+
+
+def test_the_last_look_at_new_volumes(segmented_page):
+    text = segmented_page.text
+    assert "2 figures of new volumes were compared" in text and "of 2; version 2 was the champion" in text
+    assert "liver ml, modality=MR: drifted (10.000 then, 14.500 now)" in text
+    assert "The largest is 1.25, of liver ml, modality=MR." in " ".join(i["alt"] for i in segmented_page.images)
+    assert "backlog volumes 7.00" in text and text.count("modality=MR") == 3
 
 
 def test_what_was_refused_and_why(segmented):
@@ -340,6 +360,7 @@ def test_an_empty_lake_has_a_page(tmp_path):
         "The catalog is empty",
         "No volume has been scored yet",
         "No decision",
+        "Nothing has been watched yet",
         "Nothing was refused",
     ):
         assert sentence in page.text

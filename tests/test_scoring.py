@@ -1,4 +1,8 @@
 import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pydicom
@@ -10,6 +14,7 @@ from monai.metrics import compute_dice
 from sparkmed import formats, scoring
 from sparkmed.config import Component, Preprocess, Score
 from sparkmed.formats import dicom_seg
+from sparkmed.imaging import intensity
 from sparkmed.learning import networks
 from sparkmed.learning.model import Model, ModelSpec
 from sparkmed.rejection import Refused
@@ -115,6 +120,21 @@ def test_scored_again_it_is_the_same_object_and_under_other_settings_another(tmp
     assert first == again
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("dtype", "spec", "most"),
+    [("float32", {"spacing": [1, 1, 2.5]}, 3.0), ("int16", {"intensity": {"kind": "percentile"}}, 2.5)],
+)
+def test_memory_of_a_worker_beside_the_model(tmp_path, dtype, spec, most):
+    """In volumes as float32; the whole probabilities of three classes and their copies would be 10."""
+    program = pathlib.Path(__file__).parent / "memory.py"
+    arguments = ["[256, 256, 320]", dtype, json.dumps(spec), "3", str(tmp_path)]
+    ended = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout)
+    assert found["growth"] / found["volume"] <= most
+
+
 def test_both_masks_hold_the_same(tmp_path):
     row, header = row_of(tmp_path / "in", series())
     out = scoring.score(segmenter(masks="both", seg_folder="x"), row, str(tmp_path / "mask.nii.gz"), segs(tmp_path / "out"))
@@ -141,3 +161,18 @@ def test_a_seg_that_may_be_written_later_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom_seg, "_headers", gone)
     with pytest.raises(Refused, match="UNREADABLE"):
         scoring.score(segmenter(masks="seg", seg_folder="x"), row, segs=segs(tmp_path / "out"))
+
+
+def test_reliability_is_of_the_voxels_that_are_predicted_or_true_foreground():
+    predicted, truth = np.array([[[0, 0, 1, 1]]]), np.array([[[0, 1, 1, 0]]])
+    probabilities = np.stack([np.array([[[1.0, 0.8, 0.1, 0.4]]]), np.array([[[0.0, 0.2, 0.9, 0.6]]])])
+    found = np.reshape(scoring._reliability(probabilities, predicted, truth), (3, -1)).sum(1)
+    assert found == pytest.approx([3, 0.8 + 0.9 + 0.6, 1])
+
+
+def test_a_prediction_describes_its_image(tmp_path):
+    row, header = row_of(tmp_path / "in", series())
+    out = scoring.score(segmenter(), row)
+    image = formats.read_volume(header).array
+    assert out["quantiles"] == pytest.approx(np.quantile(image, intensity.QUANTILES))
+    assert "reliability" not in out

@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import pytest
@@ -46,7 +47,36 @@ def test_what_is_no_file_of_the_folder_is_named_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", broken)
     found = {f.path: f.stray for f in storage.walk(str(inside))}
     links = dict.fromkeys(("away", "loop", "nowhere"), "LINK")
-    assert found == links | {"own": "", "near": "", "folder": "UNREADABLE", "pipe": "SPECIAL_FILE"}
+    assert found == links | {"own": "", "near": "", "folder/": "UNREADABLE", "pipe": "SPECIAL_FILE"}
+
+
+def test_what_cannot_be_listed_or_asked_keeps_its_place_in_the_order(tmp_path, monkeypatch):
+    """A folder of others, and one whose files may be listed and not looked at."""
+    for name in ("study/a", "study-2", "study.zip", "listed/b"):
+        storage.write_bytes(str(tmp_path / name), b"1")
+    scandir = os.scandir
+
+    class Hidden:
+        def __init__(self, entry):
+            self.entry = entry
+
+        def __getattr__(self, name):
+            return getattr(self.entry, name)
+
+        def stat(self, **_):
+            raise PermissionError(self.entry.path)
+
+    @contextlib.contextmanager
+    def guarded(folder):
+        if str(folder).endswith("/study"):
+            raise PermissionError(folder)
+        with scandir(folder) as listing:
+            yield [Hidden(e) for e in listing] if str(folder).endswith("/listed") else listing
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    found = list(storage.walk(str(tmp_path)))
+    assert {f.path: f.stray for f in found} == {"study/": "UNREADABLE", "listed/b": "UNREADABLE", "study-2": "", "study.zip": ""}
+    assert [f.uri for f in found] == sorted(f.uri for f in found)
 
 
 def test_write_is_whole_or_nothing(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 import pytest
+from learning.test_model import segmenter
 from mlflow.exceptions import MlflowException
 
 from sparkmed import config, tracking
+from sparkmed.learning import model as models
 from sparkmed.rejection import InputError
 
 LEAST = {"name": "p", "task": "segmentation", "classes": ["a", "b"], "archive": "x"}
@@ -48,3 +50,24 @@ def test_loading_what_is_no_model_is_said(tmp_path):
 
 def test_parameters_are_flat_names():
     assert tracking._flat({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": "x"}) == {"a.b": "1", "a.c.d": "[1, 2]", "e": "x"}
+
+
+def test_a_version_that_is_not_what_was_registered_is_refused(tmp_path):
+    store = registry(tmp_path)
+    store.check()
+    segmenter().save(str(tmp_path / "model"))
+    with store.run("by hand", {}, {}, {"name": "d", "version": "1", "digest": "0", "url": str(tmp_path)}) as run:
+        version = run.register(str(tmp_path / "model"), {})
+    store.crown(version, "by hand")
+    assert store.digest(version) == models.model_digest(str(tmp_path / "model"))
+    for uri in ("models:/p@champion", "models:/p/latest", f"models:/p/{version}"):
+        with tracking.located(uri, store.uri) as (name, _):
+            assert name == f"models:/p/{version}"
+    (kept,) = (p for p in (tmp_path / "lake" / "mlartifacts").rglob("spec.json"))
+    kept.write_text(kept.read_text().replace('"liver"', '"lever"'))
+    for use in (
+        lambda: tracking.load_model("models:/p@champion", tracking_uri=store.uri),
+        lambda: store.fetch(version, str(tmp_path / "lake")),
+    ):
+        with pytest.raises(InputError, match="is not the one that was asked for: spec.json has SHA-256"):
+            use()

@@ -11,7 +11,7 @@ here=$(mktemp -d)
 runtimes='pyspark|py4j|setuptools|wheel|ipykernel|ipython|ipython_pygments_lexers|jupyter_client|jupyter_core|comm|debugpy|traitlets'
 runtimes+='|tornado|nest-asyncio2|matplotlib-inline|prompt_toolkit|jedi|parso|pexpect|ptyprocess|stack-data|executing|asttokens|pure_eval'
 developers='pytest|pytest-timeout|pluggy|iniconfig|hypothesis|sortedcontainers|ruff|nbclient|nbformat|fastjsonschema|jsonschema|jsonschema-specifications'
-developers+='|referencing|rpds-py|dcm2niix'
+developers+='|referencing|rpds-py|dcm2niix|psycopg2-binary|databricks-bundles|kubernetes-validate'
 grep -vE "^(#|($runtimes|$developers)==)" "$SPARKMED_SETUP/requirements.lock" >"$here/requirements.txt"
 
 "$python" -m pip uninstall -y -q horovod || true

@@ -13,7 +13,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from sparkmed import config, storage
+from sparkmed import config
 from sparkmed.formats import archive, dicom, dicom_seg, isolation, nifti, raster, rtstruct, segmentation, series
 from sparkmed.formats.archive import Member, members
 from sparkmed.formats.instance import MAX_VOLUME_BYTES, Instance, VolumeHeader, to_json
@@ -164,7 +164,7 @@ def read_headers(
 ) -> tuple[list[VolumeHeader], list[Rejection]]:
     """What the files below ``url`` would make: volumes without their voxels, and refusals."""
     instances, rejections = [], []
-    for file in storage.walk(url):
+    for file in archive.files(url, limits):
         for member in members(file, limits):
             if isinstance(member, Rejection):
                 rejections.append(member)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sparkmed import config, storage
+from sparkmed.imaging import paths
 from sparkmed.rejection import Refused, Rejection
 
 STAGE = "catalog"
@@ -77,6 +78,12 @@ def kind(path: str) -> str:
     if name.endswith(TAR_SUFFIXES):
         return "tar"
     return "other" if name.endswith(OTHER_ARCHIVES) else ""
+
+
+def files(url: str, limits: config.Catalog | None = None) -> Iterator[storage.File]:
+    """:func:`storage.walk` without the files that ``limits.exclude`` names."""
+    ignored = [paths.PathPattern(p) for p in (limits or config.Catalog()).exclude]
+    return (f for f in storage.walk(url) if all(p.match(f.path) is None for p in ignored))
 
 
 def members(file: storage.File, limits: config.Catalog | None = None) -> Iterator[Member | Rejection]:

@@ -81,11 +81,13 @@ _NOT_IMAGE_MODALITIES = frozenset({"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN"
 
 _HEADER_KEYWORDS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality ImageType PatientID PatientName "
+    "Manufacturer ManufacturerModelName "
     "SeriesNumber InstanceNumber AcquisitionNumber TemporalPositionIdentifier TriggerTime FrameReferenceTime EchoTime EchoNumbers "
     "DiffusionBValue ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID PixelSpacing ImagerPixelSpacing "
     "NominalScannedPixelSpacing SpacingBetweenSlices SliceThickness "
     "NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation "
-    "RescaleSlope RescaleIntercept ModalityLUTSequence BurnedInAnnotation ComplexImageComponent DiffusionGradientOrientation "
+    "RescaleSlope RescaleIntercept RescaleType ModalityLUTSequence "
+    "BurnedInAnnotation ComplexImageComponent DiffusionGradientOrientation "
     "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSequence "
     "DetectorInformationSequence SliceVector TimeSlotVector EnergyWindowVector DetectorVector PhaseVector RotationVector "
     "AngularViewVector "
@@ -203,11 +205,16 @@ class _Sparing:
         return self.stream.read(size)
 
 
+_RESCALE_TYPES = frozenset({"HU", "HU_MOD", "OD", "US", "MGML", "Z_EFF", "ED", "EDW", "PCT"})
+"""Defined terms of PS3.3 C.11.1.1.2: others are free text."""
+
+
 def read_header(stream, size: int) -> dict:
     """The fields of an :class:`Instance` that a DICOM object determines; ``size`` is its length in bytes.
 
-    Raises :class:`Refused`: ``BROKEN_DICOM``, ``TRUNCATED``, ``NO_PIXEL_DATA``, ``BAD_VALUE``, ``BAD_GEOMETRY``,
-    ``BAD_SHAPE``, ``PIXEL_LENGTH``, ``DEEP_NESTING``, ``TOO_LARGE``, ``BOMB``.
+    An image whose pixels are cut off has the fact ``problem``. Raises :class:`Refused`: ``BROKEN_DICOM``, ``TRUNCATED`` (of
+    several frames), ``NO_PIXEL_DATA``, ``BAD_VALUE``, ``BAD_GEOMETRY``, ``BAD_SHAPE``, ``PIXEL_LENGTH``, ``DEEP_NESTING``,
+    ``TOO_LARGE``, ``BOMB``.
     """
     with _quiet():
         stream, deflated = _inflated(stream if isinstance(stream, io.BytesIO) else _Sparing(stream))
@@ -267,10 +274,17 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
     if pixels[1] == 0xFFFFFFFF and DECODERS.get(syntax) == "":
         raise Refused("PIXEL_LENGTH", "pixel data of undefined length in a transfer syntax without compression")
     photometric = h.text("PhotometricInterpretation")
-    _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
+    cut = None
+    try:
+        _check_pixel_length(pixels, rows, columns, frames, samples, allocated, photometric, stopped, size)
+    except Refused as e:
+        if e.reason != "TRUNCATED" or frames > 1:
+            raise
+        cut = [e.reason, e.message]  # a slice that its series must be known to lack
     spacing = h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
     header = {
         "study": study,
+        "scanner": _scanner(h),
         "series": h.integer("SeriesNumber"),
         "number": h.integer("InstanceNumber"),
         "acquisition": h.integer("AcquisitionNumber"),
@@ -298,7 +312,9 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         "float": pixels[0] != 0x7FE00010 or None,
         "slope": h.number("RescaleSlope"),
         "intercept": h.number("RescaleIntercept"),
+        "rescale_type": kind if (kind := h.text("RescaleType")) in _RESCALE_TYPES else None,
         "lut": "ModalityLUTSequence" in h or None,
+        "problem": cut,
         "burned_in": h.text("BurnedInAnnotation") == "YES" or None,
         "concatenation": [h.uid("ConcatenationUID"), h.integer("InConcatenationTotalNumber", 0)]
         if "ConcatenationUID" in h
@@ -339,10 +355,13 @@ _COMMON = frozenset(
 
 def _withhold(h: Header, facts: list[dict]):
     """Leave out of the image types what names somebody: vendors have values of their own there, so the standard cannot tell."""
-    owner = tuple((t, h.elements[t].value) for t in _OWNER if t in h.elements and isinstance(h.elements[t].value, bytes))
     for some in facts:
         if some.get("type") and not _COMMON.issuperset(some["type"]):
-            some["type"] = list(_withheld(owner, tuple(some["type"])))
+            some["type"] = list(_withheld(_owner(h), tuple(some["type"])))
+
+
+def _owner(h: Header) -> tuple[tuple[int, bytes], ...]:
+    return tuple((t, h.elements[t].value) for t in _OWNER if t in h.elements and isinstance(h.elements[t].value, bytes))
 
 
 @functools.lru_cache(1024)
@@ -355,6 +374,13 @@ def _withheld(owner: tuple[tuple[int, bytes], ...], values: tuple[str, ...]) -> 
     except Refused:
         return tuple(v if v in _COMMON else "" for v in values)
     return tuple("" if known.found_in(v) else v for v in values)
+
+
+def _scanner(h: Header) -> str | None:
+    """Manufacturer and model, which identify nobody by PS3.15 Table E.1-1; None when they hold what names somebody."""
+    found = re.sub(r"[^ -~]", "", f"{h.plain('Manufacturer')} {h.plain('ManufacturerModelName')}")
+    words = " ".join(found.split())[:64].strip()
+    return _withheld(_owner(h), (words,))[0] or None if words else None
 
 
 def _b_value(h: Header) -> float | None:

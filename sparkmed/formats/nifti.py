@@ -21,8 +21,8 @@ _RATIO = 1000
 """A gzipped image may be empty, but none of more bytes than the first has this many times those that it is packed in."""
 _UNIT_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 _COLOURS = {128: 3, 2304: 4}
-_PLANES = 32
-"""Planes of voxels that are turned from the file's order to ours at a time."""
+_RUN = 4 << 20
+"""Bytes of slices that are read, and turned from the file's order to ours, at a time."""
 
 
 def head(data: bytes) -> bytes:
@@ -147,46 +147,60 @@ def read_array(data: bytes) -> np.ndarray:
     compressed = data[:2] == GZIP_MAGIC
     header, dtype, disk, shape, offset = _checked(head(data), len(data), compressed)
     wanted = offset + int(np.prod(disk, dtype=object)) * dtype.itemsize
-    if compressed:
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as f:
-                data = _first(f, wanted)
-                f.read(1)  # reaching the end checks the checksum
-        except (OSError, EOFError, zlib.error):
-            raise Refused("TRUNCATED", "the gzip stream is damaged or ends early") from None
-    if len(data) < wanted:
-        raise Refused("TRUNCATED", f"{len(data)} of {wanted} bytes")
-    count = int(np.prod(disk, dtype=object))
-    stored = np.frombuffer(data, dtype, count, offset)
-    if dtype.names:
-        if "A" in dtype.names and not (stored["A"] == stored["A"][0]).all():
-            raise Refused("ALPHA", "transparency varies within the image")
-        array = np.stack([stored[n].reshape(shape[1:], order="F") for n in "RGB"])
-        return array
-    # F order on disk: the channel axis is the slowest there and the first here
-    stored = stored.reshape(shape[0], *shape[:0:-1]).transpose(0, 3, 2, 1)
+    if not compressed:
+        if len(data) < wanted:
+            raise Refused("TRUNCATED", f"{len(data)} of {wanted} bytes")
+        return _finite(_values(io.BytesIO(data), offset, header, dtype, disk, shape))
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as f:
+            array = _values(f, offset, header, dtype, disk, shape)
+            f.read(1)  # reaching the end checks the checksum
+    except (OSError, EOFError, zlib.error):
+        raise Refused("TRUNCATED", "the gzip stream is damaged or ends early") from None
+    return _finite(array)
+
+
+def _values(stream, offset: int, header, dtype: np.dtype, disk: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """(C, I, J, K) scaled values of the stream, some slices at a time: what is stored is not held beside them."""
+    for start in range(0, offset, _RUN):
+        _exactly(stream, min(_RUN, offset - start))
     slope, inter = _scaling(header)
-    scaled = (slope, inter) != (1.0, 0.0)
+    scaled = (slope, inter) != (1.0, 0.0) and not dtype.names
     wide = dtype.itemsize > 3 and not (dtype.kind == "f" and dtype.itemsize == 4)
-    array = np.empty(shape, (np.float64 if wide else np.float32) if scaled else dtype.newbyteorder("="))
-    for c in range(shape[0]):
-        for i in range(0, shape[1], _PLANES):
-            planes = stored[c, i : i + _PLANES]
-            array[c, i : i + _PLANES] = planes.astype(np.float64) * slope + inter if scaled else planes
+    kept = np.dtype(np.uint8) if dtype.names else dtype.newbyteorder("=")
+    array = np.empty(shape, (np.float64 if wide else np.float32) if scaled else kept)
+    i, j, k = shape[1:]
+    run, alpha = max(1, _RUN // (i * j * dtype.itemsize)), set()
+    # F order on disk: the channel axis is the slowest there and the first here
+    for c in range(1 if dtype.names else shape[0]):
+        for start in range(0, k, run):
+            many = min(run, k - start)
+            found = np.frombuffer(_exactly(stream, many * i * j * dtype.itemsize), dtype).reshape(many, j, i).T
+            to = (..., slice(start, start + many))
+            if dtype.names:
+                for n, name in enumerate("RGB"):
+                    array[n][to] = found[name]
+                alpha |= set(np.unique(found["A"]).tolist()) if "A" in dtype.names else set()
+            else:
+                array[c][to] = found.astype(np.float64) * slope + inter if scaled else found
+    if len(alpha) > 1:
+        raise Refused("ALPHA", "transparency varies within the image")
+    return array
+
+
+def _exactly(stream, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             raise Refused("NON_FINITE", f"{bad} of {array.size} voxels are NaN or infinite")
     return array
-
-
-def _first(stream, size: int) -> np.ndarray:
-    """The first ``size`` bytes, or all there are; held once."""
-    data, filled = np.empty(size, np.uint8), 0
-    while filled < size and (chunk := stream.read(min(1 << 20, size - filled))):
-        data[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
-        filled += len(chunk)
-    return data[:filled]
 
 
 def _scaling(header) -> tuple[float, float]:

@@ -10,6 +10,21 @@ import re
 from sparkmed.formats.header import Header
 from sparkmed.rejection import Refused
 
+LEAST_DOSE = 3e4
+"""Bq per kg of body weight below which a dose is none, or was written in kBq: a thousandth of what is usual is 5e3."""
+HALF_LIVES = {
+    ("77004003", "C-111A1"): 6586.2,  # F-18
+    ("40565003", "C-105A1"): 1221.8,  # C-11
+    ("21576001", "C-107A1"): 597.9,  # N-13
+    ("129504001", "C-B1038"): 122.24,  # O-15
+    ("35337001", "C-131A3"): 4062.6,  # Ga-68
+    ("3932008", "C-127A2"): 45721.0,  # Cu-64
+    ("79197006", "C-159A2"): 75.45,  # Rb-82
+    ("63360001", "C-168A4"): 282280.0,  # Zr-89
+    ("40937006", "C-114A5"): 360800.0,  # I-124
+}
+"""Seconds by the nuclide's codes of PS3.16 CID 4020, in SNOMED CT and SRT; of the Decay Data Evaluation Project."""
+
 
 def suv_factor(h: Header) -> tuple[float, str | None]:
     """SUVbw = factor x (value after rescale), and ``acquisition`` when the time of this image's acquisition stands for the start of
@@ -40,8 +55,8 @@ def suv_factor(h: Header) -> tuple[float, str | None]:
     drug = drugs[0] if drugs else None
     dose = drug.number("RadionuclideTotalDose") if drug else None
     half_life = drug.number("RadionuclideHalfLife") if drug else None
-    if not dose or dose < 1e5:
-        raise _unknown("there is no injected dose in Bq")
+    if not dose or dose < 1e5 or dose / weight < LEAST_DOSE:
+        raise _unknown("there is no injected dose in Bq, or it is in another unit")
     reference = h.text("DecayCorrection")
     if reference == "ADMIN":
         return 1000 * weight / dose, None
@@ -49,6 +64,9 @@ def suv_factor(h: Header) -> tuple[float, str | None]:
         raise _unknown(f"decay is corrected to {reference or 'nobody knows when'}, wanted START or ADMIN")
     if not half_life or half_life <= 0:
         raise _unknown("there is no half-life")
+    known = _nuclide(drug)
+    if known and abs(half_life / known - 1) > 0.05:
+        raise _unknown(f"the half-life is {half_life:g} s, that of the nuclide named is {known:g} s")
     start, by = _start(h)
     lives = _uptake_seconds(start, drug, _zone(h.plain("TimezoneOffsetFromUTC"))) / half_life
     if lives > 20:
@@ -68,19 +86,29 @@ def _start(h: Header) -> tuple[datetime.datetime, str | None]:
 def _uptake_seconds(start: datetime.datetime, drug: Header, zone: datetime.timedelta | None) -> float:
     """From injection to the start of the scan."""
     moment = drug.plain("RadiopharmaceuticalStartDateTime")
-    injected, zones = _moment_of(moment), (_zone(moment), zone)
-    if injected is not None and None not in zones:
-        injected += zones[1] - zones[0]
-    if injected is None:
-        injected = _moment(start.strftime("%Y%m%d"), drug.plain("RadiopharmaceuticalStartTime"))
-        if injected is not None and injected - start > datetime.timedelta(hours=12):  # before midnight
-            injected -= datetime.timedelta(days=1)
+    whole, zones = _moment_of(moment), (_zone(moment), zone)
+    if whole is not None and zones[0] is not None:  # else it is in the zone of the scanner
+        whole = None if zones[1] is None else whole + zones[1] - zones[0]
+    clock = _moment(start.strftime("%Y%m%d"), drug.plain("RadiopharmaceuticalStartTime"))
+    if clock is not None and clock - start > datetime.timedelta(hours=12):  # before midnight
+        clock -= datetime.timedelta(days=1)
+    if whole is not None and clock is not None and zones[0] is None:
+        apart = abs((whole - clock).total_seconds()) % 86_400
+        if min(apart, 86_400 - apart) > 60:
+            raise _unknown(f"two times of injection are {min(apart, 86_400 - apart) / 60:.0f} minutes apart")
+    injected = clock if whole is None else whole
     if injected is None:
         raise _unknown("there is no time of injection")
     seconds = (start - injected).total_seconds()
     if seconds < 0:
         raise _unknown(f"the scan starts {-seconds:.0f} s before the time of injection")
     return seconds
+
+
+def _nuclide(drug: Header) -> float | None:
+    """Half-life in seconds of the radionuclide that is named, None when it is none of :data:`HALF_LIVES`."""
+    named = {i.text("CodeValue") for i in drug.items("RadionuclideCodeSequence")}
+    return next((seconds for codes, seconds in HALF_LIVES.items() if named & set(codes)), None)
 
 
 def _moment(date: str, time: str) -> datetime.datetime | None:

@@ -37,7 +37,9 @@ WIDEST_GAP = 4
 TILT_DEGREES = 0.5
 """Largest angle between the line of slice positions and the slice normal; more is a tilted gantry."""
 SAME_POSITION = 0.01
-"""Slices closer than this in mm along the normal are at one position."""
+"""Slices closer than this in mm along the normal, or than a tenth of a finer pixel, are at one position."""
+MOST_PARTS = 256
+"""A series of more kinds of images is refused: each slice has a header of its own."""
 
 _CHANNEL_MODALITIES = frozenset({"MR", "PT", "NM"})
 """Modalities in which the instance number alone may order several images of one position."""
@@ -46,9 +48,9 @@ _CHANNEL_MODALITIES = frozenset({"MR", "PT", "NM"})
 def tolerance(spacing: float) -> float:
     """Largest distance in mm of a slice from where a regular grid of this ``spacing`` (mm) has it.
 
-    Headers round: 0.02 mm, and 3 % of the spacing.
+    Headers round: 0.02 mm, or a tenth of a finer spacing, and 3 % of it.
     """
-    return 0.02 + 0.03 * spacing
+    return min(0.02, 0.1 * spacing) + 0.03 * spacing
 
 
 def assemble(instances: Iterable[Instance], settings: Volumes | None = None) -> tuple[list[VolumeHeader], list[Rejection]]:
@@ -160,11 +162,12 @@ def _assemble_series(instances: list[Instance], settings: Volumes) -> tuple[list
     slices = {i.uri: _Slice.all_of(i) for i in unique}
     problems = {uri: next((p for p in map(_unusable, some) if p), None) for uri, some in slices.items()}
     objects = Counter(u for i in unique if not problems[i.uri] and (u := i.facts.get("concatenation", [""])[0]))
-    usable = []
+    usable, lost = [], _conflicting(instances, unique)
     for i in unique:
         problem = problems[i.uri] or _unfinished(i, objects)
         if problem:
             rejections += _refuse(slices[i.uri], problem)
+            lost += [] if problem.reason in _NO_SLICE else [(s, problem.reason) for s in slices[i.uri]]
         else:
             usable += slices[i.uri]
     if not usable:
@@ -176,6 +179,7 @@ def _assemble_series(instances: list[Instance], settings: Volumes) -> tuple[list
     drafts = [_picture(p) for p in pictures]
     for stack in stacks:
         try:
+            _require_whole(stack, lost)
             drafts += _volumes(stack, settings)
         except Refused as e:
             rejections += _refuse(stack, e)
@@ -188,6 +192,26 @@ def _assemble_series(instances: list[Instance], settings: Volumes) -> tuple[list
         except Refused as e:
             rejections += _refuse(itertools.chain.from_iterable(draft.times), e)
     return volumes, _one_each(rejections)
+
+
+_NO_SLICE = frozenset({"LOCALIZER", "SLIDE_LABEL", "MOSAIC"})
+"""Reasons for which an image is none of the slices of its series."""
+
+
+def _conflicting(instances: list[Instance], unique: list[Instance]) -> list[tuple[_Slice, str]]:
+    """The slices that no copy of an instance is used for."""
+    used = {i.sop_uid or i.sha256 for i in unique}
+    unused = [i for i in instances if (i.sop_uid or i.sha256) not in used]
+    return [(s, "CONFLICTING_INSTANCE") for i in unused for s in _Slice.all_of(i)]
+
+
+def _require_whole(stack: list[_Slice], lost: list[tuple[_Slice, str]]):
+    """A stack of which slices were refused is no volume: one that lacks its ends would look like a right one."""
+    first = stack[0]
+    own = [why for s, why in lost if s.located and _part(s) == _part(first) and _parallel(s, first)]
+    if own:
+        reasons = ", ".join(sorted(set(own)))
+        raise Refused("MISSING_SLICE", f"slices that were refused belong to it: {len(own)} ({reasons})")
 
 
 def _one_each(rejections: list[Rejection]) -> list[Rejection]:
@@ -321,14 +345,32 @@ def _divide(slices: list[_Slice]) -> tuple[list[list[_Slice]], list[list[_Slice]
 
 def _require_apart(parts: list[list[_Slice]]):
     """Parts that are a regular grid together, each place taken once, are one volume whose headers differ by mistake."""
-    for a, b in itertools.combinations(parts, 2):
-        if a[0].facts.get("stack") != b[0].facts.get("stack") or a[0].shape != b[0].shape or "matrix" in a[0].facts:
-            continue
-        one, other, both = (_by_position(p) for p in (a, b, a + b))
-        if len(both) == len(one) + len(other) > 2 and _is_grid([p[0] for p in both]):
-            differing = ", ".join(n for n in _APART if a[0].facts.get(n) != b[0].facts.get(n)) or "colour"
-            message = f"{len(one)} and {len(other)} slices that are one regular grid together differ in {differing}"
-            raise Refused("INTERLEAVED", message)
+    if len(parts) > MOST_PARTS:
+        raise Refused("INTERLEAVED", f"images of {len(parts)} kinds in one series, more than {MOST_PARTS}")
+    alike: dict[Any, list[list[_Slice]]] = defaultdict(list)
+    for part in parts:
+        if "matrix" not in part[0].facts:
+            alike[part[0].facts.get("stack"), part[0].shape].append(part)
+    for some in alike.values():
+        places = [np.sort([_normal(some[0][0]) @ s.position for s in part]) for part in some]
+        for chosen in [range(len(some))] * (len(some) > 2) + list(itertools.combinations(range(len(some)), 2)):
+            if _evenly(np.sort(np.concatenate([places[n] for n in chosen]))):
+                _require_no_grid([some[n] for n in chosen])
+
+
+def _evenly(places: np.ndarray) -> bool:
+    """Whether the gaps between three places or more are nearly alike: quick, for it is asked of all pairs of parts."""
+    gaps = np.diff(places)
+    return len(gaps) > 1 and gaps.min() > 0.5 * gaps.max()
+
+
+def _require_no_grid(parts: list[list[_Slice]]):
+    both = _by_position([s for part in parts for s in part])
+    if len(both) == sum(map(len, parts)) and _is_grid([p[0] for p in both]):
+        counts = " and ".join(str(len(p)) for p in parts[:4]) + (" and more" if len(parts) > 4 else "")
+        differing = [n for n in _APART if len({repr(p[0].facts.get(n)) for p in parts}) > 1] or ["colour"]
+        message = f"{counts} slices that are one regular grid together differ in {', '.join(differing)}"
+        raise Refused("INTERLEAVED", message)
 
 
 def _is_grid(slices: list[_Slice]) -> bool:
@@ -344,11 +386,15 @@ def _normal(s: _Slice) -> np.ndarray:
     return normal / np.linalg.norm(normal)
 
 
+def _parallel(a: _Slice, b: _Slice) -> bool:
+    return bool(np.abs(np.subtract(a.orientation, b.orientation)).max() <= SAME_DIRECTION)
+
+
 def _by_orientation(slices: list[_Slice]) -> list[list[_Slice]]:
     groups: list[list[_Slice]] = []
     for s in slices:
         for group in groups:
-            if np.abs(np.subtract(s.orientation, group[0].orientation)).max() <= SAME_DIRECTION:
+            if _parallel(s, group[0]):
                 group.append(s)
                 break
         else:
@@ -411,8 +457,10 @@ def _require_one_scale(stack: list[_Slice]):
     if 0 < rescaled < len(stack):
         raise Refused("MIXED_RESCALE", f"{rescaled} of {len(stack)} images say how values are rescaled")
     units = {s.facts.get("pet_units") for s in stack}
-    if len(units) > 1:
-        raise Refused("MIXED_RESCALE", f"images in units of {', '.join(sorted(u or 'nothing named' for u in units))}")
+    types = {s.facts.get("rescale_type") for s in stack} - {None}
+    for several in (units, types):
+        if len(several) > 1:
+            raise Refused("MIXED_RESCALE", f"images in units of {', '.join(sorted(u or 'nothing named' for u in several))}")
 
 
 def _scans(stack: list[_Slice]) -> list[list[_Slice]]:
@@ -444,8 +492,8 @@ def _regular(stack: list[_Slice]) -> list[_Draft]:
     if counts == {1}:
         ordered = [p[0] for p in positions]
         grid = _grid(ordered)
-        for fact in ("b", "temporal", "time_offset", *_dimensions(ordered)):
-            values = {s.facts.get(fact) for s in ordered}
+        for fact in ("b", "direction", "temporal", "time_offset", *_dimensions(ordered)):
+            values = {repr(np.round(v, 3).tolist()) if isinstance(v := s.facts.get(fact), list) else v for s in ordered}
             if len(values) > 1 and not _counts_slices(fact, ordered):
                 raise Refused("MIXED_TIMES", f"slices of {len(values)} values of {fact} where one volume would be")
         return [_Draft([ordered], grid, {})]
@@ -456,10 +504,12 @@ def _regular(stack: list[_Slice]) -> list[_Draft]:
         raise Refused("DUPLICATE_POSITION", f"{len(stack)} images at one position and no others")
     if axis == "acquisition" and stack[0].instance.modality == "CT":
         return [_Draft([t], _grid(t), {}) for t in times]
-    affine = _grid(times[0])
+    affine, shape = _grid(times[0]), stack[0].shape
+    corners = np.array([[i, j, k, 1] for i in (0, shape[1] - 1) for j in (0, shape[2] - 1) for k in (0, len(positions) - 1)])
     for t in times[1:]:
-        if np.abs(_grid(t) - affine).max() > 1e-3:
-            raise Refused("IRREGULAR_SPACING", "the grid moves from time to time")
+        moved = float(np.abs(((_grid(t) - affine) @ corners.T)[:3]).max())
+        if moved > tolerance(float(np.linalg.norm(affine[:3, 2]))):
+            raise Refused("IRREGULAR_SPACING", f"the grid moves by {moved:.3g} mm from time to time")
     facts = {"axis": axis, "values": [_along(t, axis) for t in times]}
     others = {name: [t[0].facts.get(name) for t in times] for name in ("b", "direction") if name != axis}
     return [_Draft(times, affine, facts | {n: v for n, v in others.items() if len(set(map(repr, v))) > 1})]
@@ -484,12 +534,12 @@ def _dimensions(stack: list[_Slice]) -> list[str]:
 
 def _by_position(stack: list[_Slice]) -> list[list[_Slice]]:
     """Slices of one orientation grouped by their place along the normal, ascending."""
-    normal = _normal(stack[0])
+    normal, same = _normal(stack[0]), min(SAME_POSITION, 0.1 * min(stack[0].facts["spacing"]))
     places = sorted(((float(normal @ s.position), s) for s in stack), key=lambda p: (p[0], p[1].instance.uri))
     groups: list[list[_Slice]] = []
     last = None
     for place, s in places:
-        if last is not None and place - last <= SAME_POSITION:
+        if last is not None and place - last <= same:
             groups[-1].append(s)
         else:
             groups.append([s])
@@ -629,6 +679,7 @@ def _header(draft: _Draft, facts: dict[str, Any], settings: Volumes) -> VolumeHe
         "syntaxes": syntaxes[:1] if len(set(syntaxes)) == 1 else syntaxes,
         "decoders": sorted({dicom.decoder(s.instance.transfer_syntax, s.facts) or "native" for s in ordered}),
         "study": ordered[0].facts.get("study"),
+        "scanner": ordered[0].facts.get("scanner"),
         "frame": ordered[0].facts.get("frame"),
         "type": ordered[0].facts.get("type"),
         "echo": ordered[0].facts.get("echo"),
@@ -709,6 +760,8 @@ def straightened(array: np.ndarray, header: VolumeHeader) -> np.ndarray:
     to_stack = np.linalg.inv(np.reshape(stacked["affine"], (4, 4))) @ np.reshape(header.affine, (4, 4))
     for k in range(header.shape[3]):
         moved = (to_stack @ [0, 0, k, 1])[:2]  # columns and rows keep their size and direction
+        whole = np.rint(moved)
+        moved = np.where(np.abs(moved - whole) < 1e-6, whole, moved)  # else rounding takes the edge for outside
         for c in range(header.shape[0]):
             plane = array[c, :, :, k].astype(np.float64)
             plane = scipy.ndimage.affine_transform(plane, (1, 1), moved, out.shape[1:3], order=1, cval=float(array.min()))

@@ -1,5 +1,6 @@
 """Values on a common scale."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,6 +11,11 @@ from sparkmed.rejection import InputError, Refused
 
 Scale = Callable[[np.ndarray], np.ndarray]
 """What one voxel value of a channel becomes: any array of stored values to as many scaled ones."""
+
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+"""Probabilities at which :func:`quantiles` describes an image."""
+_CHANNELS = 8  # more of them are times or directions rather than contrasts, and are described as one
+_COUNTED = 1 << 20  # voxels per channel: a quantile is then right to a tenth of a percent
 
 _RESOLUTION = 1e-6  # of the largest value: variation below it is float32 rounding, not an image
 _BLOCK = 1 << 20  # values at a time; numpy adds in steps that divide it, so that a sum does not depend on it
@@ -54,6 +60,20 @@ def scaled(array: np.ndarray, scales: Sequence[Scale]) -> np.ndarray:
         for start in range(0, len(planes), step):
             to[start : start + step] = scale(_floating(planes[start : start + step]))
     return result
+
+
+def quantiles(array: np.ndarray) -> list[float]:
+    """Values of (C, I, J, K) at :data:`QUANTILES`, channel by channel; more than 8 channels are described as one.
+
+    Of a large image every n-th voxel counts, n prime to its edges, so that all rows and slices take part.
+    """
+    found = []
+    for channel in array if len(array) <= _CHANNELS else [array]:
+        step = max(1, channel.size // _COUNTED)
+        while any(math.gcd(step, n) > 1 for n in channel.shape):
+            step += 1
+        found += np.quantile(_floating(channel.ravel("K")[::step]), QUANTILES).tolist()
+    return found
 
 
 def _floating(values: np.ndarray) -> np.ndarray:

@@ -107,7 +107,7 @@ def extract(
     """
     if array.ndim not in (3, 4):
         raise ValueError(f"array is (C, I, J, K) or (I, J, K); got shape {array.shape}")
-    inside, target = _overlap(array.shape[-3:], location)
+    inside, target = covered(array.shape[-3:], location)
     found = array[(..., *inside)]
     found = found.copy() if change is None else change(found)
     if target == tuple(slice(0, s) for s in location.size):
@@ -128,7 +128,7 @@ def stitch(patches: Iterable[np.ndarray], locations: Sequence[PatchLocation], sh
             raise ValueError(f"patch of shape {patch.shape} for a location of size {location.size}")
         if total is None:
             total = np.zeros((*patch.shape[:-3], *shape), np.float64)
-        inside, target = _overlap(shape, location)
+        inside, target = covered(shape, location)
         total[(..., *inside)] += patch[(..., *target)]
         weight[inside] += 1
     if total is None or not weight.all():
@@ -155,7 +155,7 @@ def _anywhere(shape: Index, size: Index, rng: np.random.Generator) -> PatchLocat
     return PatchLocation(tuple(index), tuple(size))
 
 
-def _overlap(shape: Index, location: PatchLocation) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def covered(shape: Index, location: PatchLocation) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """The part of the location inside the image: in the image's indices and in the patch's."""
     inside, target = [], []
     for n, start, size in zip(shape, location.index, location.size, strict=True):

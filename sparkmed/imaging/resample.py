@@ -12,6 +12,8 @@ and further where no fill value is given. A function that is linear in the world
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
@@ -96,6 +98,41 @@ def _centred(grid: Placed, factors: list[float], shape: list[int]) -> Grid:
     return Grid(affine, tuple(shape))
 
 
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """:func:`to_grid` (``order`` 1, outer voxels continued) between parallel grids, some planes at a time: the same bits.
+
+    ``axes`` is the new axis that runs along each old one. ``weights`` are per old axis (new voxels, old voxels), applied along
+    the axes ``passes`` in this order.
+    """
+
+    axes: tuple[int, int, int]
+    weights: tuple[sparse.csr_array, ...]
+    passes: tuple[int, ...]
+
+    @classmethod
+    def between(cls, old: Placed, new: Placed) -> "Planes":
+        """Raises :class:`ValueError` for grids that are oblique to each other."""
+        to_old = np.linalg.inv(old.affine) @ new.affine
+        axes = _parallel(to_old, tuple(new.spatial_shape))
+        if axes is None:
+            raise ValueError("the grids are oblique to each other")
+        return cls(axes, *_linear_passes(to_old, axes, tuple(old.spatial_shape), tuple(new.spatial_shape)))
+
+    def ends(self, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each new plane across ``axes[axis]`` the first old plane that it is made of, and the one behind the last."""
+        indices, first = self.weights[axis].indices, self.weights[axis].indptr[:-1]
+        return np.minimum.reduceat(indices, first), np.maximum.reduceat(indices, first) + 1
+
+    def made(self, array: np.ndarray, first: int, axis: int, start: int, stop: int) -> np.ndarray:
+        """(C, I, J, K) float32: new planes ``start`` to ``stop``; ``array`` is the old planes across ``axis`` from ``first`` on."""
+        lows, highs = self.ends(axis)
+        low, high = int(lows[start:stop].min()), int(highs[start:stop].max())
+        part = array[(slice(None),) * (1 + axis) + (slice(low - first, high - first),)]
+        weights = [w[start:stop, low:high] if a == axis else w for a, w in enumerate(self.weights)]
+        return _placed_along(_all_interpolated(part, weights, self.passes), self.axes)
+
+
 def _onto(volume: Volume, grid: Grid, order: int, cval: float | None) -> Volume:
     if order not in (0, 1):
         raise ValueError(f"order is 0 (nearest) or 1 (linear); got {order}")
@@ -156,21 +193,39 @@ def _separable(array, to_source, axes, shape, order, cval) -> np.ndarray:
         for axis, x in enumerate(positions):
             picked = picked.take(_nearest(_untied(x), array.shape[1 + axis]), axis=1 + axis)
     else:
-        factors = [abs(to_source[a, o]) for a, o in enumerate(axes)]
-        weights = [_smooth_linear(x, n, f) for x, n, f in zip(positions, array.shape[1:], factors, strict=True)]
-        todo = [a for a in range(3) if not _is_identity(weights[a])]
-        todo.sort(key=lambda a: weights[a].shape[0] / weights[a].shape[1])  # what shrinks first saves work later
-        channels = [_interpolated(channel, weights, todo) for channel in array]
-        picked = channels[0][None] if len(channels) == 1 else np.stack(channels)
+        picked = _all_interpolated(array, *_linear_passes(to_source, axes, array.shape[1:], shape))
     if cval is not None:
         for axis, out in enumerate(outside):
             if out.any():
                 picked[(slice(None),) * (1 + axis) + (out,)] = cval
+    return _placed_along(picked, axes)
+
+
+def _linear_passes(to_source, axes, old_shape, shape) -> tuple[tuple[sparse.csr_array, ...], tuple[int, ...]]:
+    """Weights per old axis, and the axes along which there is something to do, in order."""
+    weights = []
+    for a, (o, n) in enumerate(zip(axes, old_shape, strict=True)):
+        weights.append(_smooth_linear(_positions(to_source, a, o, shape[o]), n, abs(to_source[a, o])))
+    todo = [a for a in range(3) if not _is_identity(weights[a])]
+    todo.sort(key=lambda a: weights[a].shape[0] / weights[a].shape[1])  # what shrinks first saves work later
+    return tuple(weights), tuple(todo)
+
+
+def _placed_along(array: np.ndarray, axes: tuple[int, int, int]) -> np.ndarray:
     back = tuple(1 + axes.index(o) for o in range(3))
-    return np.ascontiguousarray(picked.transpose(0, *back))
+    return np.ascontiguousarray(array.transpose(0, *back))
 
 
-def _interpolated(channel: np.ndarray, weights: list[sparse.csr_array], todo: list[int]) -> np.ndarray:
+def _all_interpolated(array: np.ndarray, weights: Sequence[sparse.csr_array], todo: Sequence[int]) -> np.ndarray:
+    if len(array) == 1:
+        return _interpolated(array[0], weights, todo)[None]
+    result = np.empty((len(array), *(w.shape[0] for w in weights)), np.float32)
+    for channel, out in zip(array, result, strict=True):
+        out[...] = _interpolated(channel, weights, todo)
+    return result
+
+
+def _interpolated(channel: np.ndarray, weights: Sequence[sparse.csr_array], todo: Sequence[int]) -> np.ndarray:
     """``weights`` (m, n) of the axes ``todo`` applied in this order to (I, J, K); float32, held once beside the channel.
 
     A pass along one axis treats the lines along it each for itself. So the first two go slab by slab across a third axis, and a

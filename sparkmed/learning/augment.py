@@ -16,16 +16,17 @@ CONTROL_SPACING = 12
 
 
 def augment(
-    image: Tensor, label: Tensor | None, patch_ids: Sequence[str], spec: Augment, seed: int, epoch: int
+    image: Tensor, label: Tensor | None, patch_ids: Sequence[str], spec: Augment, seed: int, epoch: int, guided: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """A changed copy of ``image`` (B, C, I, J, K) float and ``label`` (B, 1, I, J, K) int64, on the same device.
 
     Quarter turns move voxels. Flip, rotation, zoom, shift and deformation are one resampling, linear for the image and nearest for
     the label; outside the patch both repeat its edge. Planes (K = 1) stay planes. Then contrast, brightness, gamma (which keeps
-    each sample's mean and deviation), noise and channel dropout, on the image alone. No sample depends on the others in the batch.
+    each sample's mean and deviation), noise and channel dropout, on the image alone, and not on its
+    last ``guided`` channels, which are those of a first model. No sample depends on the others in the batch.
     Raises :class:`InputError` as :func:`check` does.
     """
-    check(spec, image.shape[1:])
+    check(spec, (image.shape[1] - guided, *image.shape[2:]))
     if not patch_ids:
         return image, label
     keys = [_key(seed, epoch, p) for p in patch_ids]
@@ -39,6 +40,9 @@ def augment(
         image = F.grid_sample(image, grid, "bilinear", "border", align_corners=False)
         if label is not None:
             label = F.grid_sample(label.float(), grid, "nearest", "border", align_corners=False).round().to(label.dtype)
+    if guided:
+        values, said = image.split([image.shape[1] - guided, guided], 1)
+        return torch.cat([_intensity(values, draws, keys, spec), said], 1), label
     return _intensity(image, draws, keys, spec), label
 
 

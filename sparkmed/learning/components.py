@@ -1,6 +1,7 @@
-"""Classes of MONAI and torch by name, as the config spells them."""
+"""Classes of MONAI and torch, and of what the config allows to import, by name, as the config spells them."""
 
 import difflib
+import importlib
 import inspect
 import typing
 from collections.abc import Iterable, Mapping
@@ -11,17 +12,47 @@ from sparkmed.config import Component
 from sparkmed.rejection import InputError
 
 
-def find(component: Component, modules: Iterable[ModuleType], kind: str) -> type:
-    """The class or function called ``component.name`` in the first of ``modules`` that has it; ``kind`` is for the message."""
-    modules = list(modules)
+def find(component: Component, modules: Iterable[ModuleType], kind: str, imports: Iterable[str] = ()) -> type:
+    """The class or function called ``component.name`` in the first of ``modules`` that has it; ``kind`` is for the message.
+
+    A dotted name is imported when it lies below one of ``modules`` or of ``imports``. Either way what is found must be defined
+    there too: no name leads out through what a module has imported. Raises :class:`InputError` otherwise, before any import.
+    """
+    name, modules, imports = component.name, list(modules), list(imports)
+    allowed = [m.__name__ for m in modules] + imports
+    if "." in name:
+        return _imported(name, allowed, kind)
     for module in modules:
-        found = getattr(module, component.name, None)
-        if callable(found) and not component.name.startswith("_"):
+        found = getattr(module, name, None)
+        if callable(found) and not name.startswith("_") and _within(_home(found), allowed):
             return found
     names = [n for m in modules for n in dir(m) if callable(getattr(m, n)) and not n.startswith("_")]
-    near = difflib.get_close_matches(component.name, names, 1, 0.0)
+    near = difflib.get_close_matches(name, names, 1, 0.0)
     places = " or ".join(m.__name__ for m in modules)
-    raise InputError(f"{kind} {component.name} is not in {places}" + (f"; did you mean {near[0]}?" if near else ""))
+    raise InputError(f"{kind} {name} is not in {places}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _imported(name: str, allowed: list[str], kind: str) -> type:
+    module, _, last = name.rpartition(".")
+    if not _within(name, allowed):
+        raise InputError(f"{kind} {name} is refused: it is not below {' or '.join(allowed)}; the config's imports may allow more")
+    try:
+        found = getattr(importlib.import_module(module), last, None)
+    except ImportError as e:
+        raise InputError(f"{kind} {name} cannot be imported here: {e}") from None
+    if not callable(found) or last.startswith("_"):
+        raise InputError(f"{kind} {name}: {module} has no class or function {last}")
+    if not _within(_home(found), allowed):
+        raise InputError(f"{kind} {name} is refused: it is defined in {_home(found)}, which is not below {' or '.join(allowed)}")
+    return found
+
+
+def _home(found) -> str:
+    return f"{getattr(found, '__module__', None) or ''}.{getattr(found, '__qualname__', '')}"
+
+
+def _within(name: str, prefixes: Iterable[str]) -> bool:
+    return any(name == p or name.startswith(f"{p}.") for p in prefixes)
 
 
 def parameters(factory) -> dict[str, inspect.Parameter]:

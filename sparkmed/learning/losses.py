@@ -1,6 +1,6 @@
 """Losses of MONAI and torch by name, one value per sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import monai.losses
 import torch
@@ -16,7 +16,7 @@ DEFAULTS = {"segmentation": Component(name="DiceCELoss"), "classification": Comp
 Loss = Callable[[Tensor | list[Tensor], Tensor], Tensor]
 
 
-def build(component: Component | None, task: str) -> Loss:
+def build(component: Component | None, task: str, imports: Iterable[str] = ()) -> Loss:
     """A function of network output and truth that returns one loss per sample, (B,).
 
     Output: class scores before softmax, (B, classes, I, J, K) with truth (B, 1, I, J, K), or (B, classes) with truth (B,), both
@@ -30,7 +30,7 @@ def build(component: Component | None, task: str) -> Loss:
         raise InputError(f"loss {component.name}: batch: true mixes samples, so the result would depend on the number of processes")
     if component.arguments.get("reduction", "mean") != "mean":
         raise InputError(f"loss {component.name}: reduction is mean; got {component.arguments['reduction']!r}")
-    factory = components.find(component, [monai.losses, nn], "loss")
+    factory = components.find(component, [monai.losses, nn], "loss", imports)
     component = Component(name=component.name, **_tensors(component.arguments))
     function = components.create(factory, component, "loss", {"to_onehot_y": True, "softmax": True, "use_softmax": True})
     return _PerSample(function, from_torch=factory.__module__.startswith("torch."))

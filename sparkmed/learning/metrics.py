@@ -5,7 +5,7 @@ that travel between processes, and merging the states of any division of the dat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import monai.metrics
@@ -31,7 +31,7 @@ class Metric(Protocol):
     def compute(self) -> float: ...
 
 
-def build(component: Component | None, task: str, classes: int) -> Metric:
+def build(component: Component | None, task: str, classes: int, imports: Iterable[str] = ()) -> Metric:
     """A new, empty metric: one of ``monai.metrics``, or :class:`VolumeDice` (segmentation), ROCAUCMetric (classification).
 
     Raises :class:`InputError` for a name or an argument that is not MONAI's.
@@ -40,7 +40,7 @@ def build(component: Component | None, task: str, classes: int) -> Metric:
         if task == "segmentation":
             return VolumeDice(classes)
         component = Component(name="ROCAUCMetric")
-    factory = components.find(component, [monai.metrics], "metric")
+    factory = components.find(component, [monai.metrics], "metric", imports)
     if not (isinstance(factory, type) and issubclass(factory, monai.metrics.Cumulative)):
         raise InputError(f"metric {component.name} cannot be merged over processes; wanted a subclass of monai.metrics.Cumulative")
     metric = components.create(factory, component, "metric", {"include_background": task == "classification"})
@@ -153,6 +153,34 @@ def roc_auc(probabilities: Sequence[Sequence[float]], targets: Sequence[int]) ->
     scores, truth = torch.tensor(probabilities, dtype=torch.float64), _one_hot(torch.tensor(targets), len(probabilities[0]))
     judged = [c for c in range(truth.shape[1]) if 0 < truth[:, c].sum() < len(truth)]
     return float(np.mean([compute_roc_auc(scores[:, c], truth[:, c]) for c in judged])) if judged else None
+
+
+RELIABILITY_BINS = 15
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[float]:
+    """A reliability diagram as counts, sums of confidence and sums of correct predictions in 15 bins of equal width, 45 numbers.
+
+    ``confidence`` in [0, 1] of the predicted class and ``correct`` bool are of one shape. Diagrams are merged by adding them, which
+    is why the edges are fixed and not quantiles of the data.
+    """
+    confidence = np.asarray(confidence, np.float64).ravel()
+    bins = np.clip(np.ceil(confidence * RELIABILITY_BINS).astype(int) - 1, 0, RELIABILITY_BINS - 1)
+    weights = (None, confidence, np.asarray(correct, np.float64).ravel())
+    return np.concatenate([np.bincount(bins, w, RELIABILITY_BINS) for w in weights]).tolist()
+
+
+def calibration_error(diagrams: Sequence[Sequence[float]]) -> float | None:
+    """Expected calibration error (Guo et al. 2017, ICML): mean of |accuracy - confidence| over bins, by their share of predictions.
+
+    ``diagrams`` are of :func:`reliability`, one per subject, and weigh the same however many voxels each has. None without any.
+    """
+    parts = [np.reshape(d, (3, RELIABILITY_BINS)) for d in diagrams]
+    shares = [p / p[0].sum() for p in parts if p[0].sum() > 0]
+    if not shares:
+        return None
+    _, confidence, correct = np.mean(shares, 0)
+    return float(np.abs(correct - confidence).sum())
 
 
 def bootstrap_interval(

@@ -1,6 +1,8 @@
 """Networks of MONAI by name, all called with (B, C, I, J, K)."""
 
 import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import monai.networks.nets
 import torch
@@ -35,24 +37,38 @@ def spatial_dims(size: tuple[int, int, int]) -> int:
     return 2 if size[2] == 1 else 3
 
 
-def build(component: Component, in_channels: int, out_channels: int, spatial_dims: int) -> nn.Module:
-    """A network of ``monai.networks.nets`` that takes (B, ``in_channels``, I, J, K).
+def build(component: Component, in_channels: int, out_channels: int, spatial_dims: int, imports: Iterable[str] = ()) -> nn.Module:
+    """A network of ``monai.networks.nets``, or of ``imports``, that takes (B, ``in_channels``, I, J, K).
 
     Returns (B, ``out_channels``, I, J, K) class scores before softmax from a segmentation network, (B, ``out_channels``) from
     a classifier; with deep supervision a list of them while training. ``spatial_dims`` 2 wants K = 1. Never downloads weights.
-    Raises :class:`InputError` for a name or an argument that is not MONAI's, naming the nearest.
+    Raises :class:`InputError` for a name or an argument that is not MONAI's, naming the nearest, and for one by which a network
+    fetches weights of its own.
     """
     if spatial_dims not in (2, 3):
         raise InputError(f"network {component.name}: spatial_dims {spatial_dims}, wanted 2 or 3")
-    factory = components.find(component, [monai.networks.nets], "network")
+    factory = components.find(component, [monai.networks.nets], "network", imports)
     given = {
         "spatial_dims": spatial_dims, "in_channels": in_channels, "n_input_channels": in_channels, "out_channels": out_channels,
         "num_classes": out_channels, "pretrained": False, "classification": True,
     }  # fmt: skip
+    _require_no_weights(factory, component, given)
     network = components.create(factory, component, "network", given)
     if not isinstance(network, nn.Module):
         raise InputError(f"network {component.name} is not a network but a {type(network).__name__}")
     return InPlane(network) if spatial_dims == 2 else network
+
+
+def _require_no_weights(factory, component: Component, given: Mapping[str, Any]) -> None:
+    """Networks of MONAI that fetch weights unpickle what they get."""
+    known = {k: None if p.default is p.empty else p.default for k, p in components.parameters(factory).items()}
+    fetching = [k for k in known if k.startswith("pretrained") or k in ("weights", "path_or_repo_id")]
+    wanted = [k for k in fetching if (known | given | component.arguments)[k]]
+    if wanted or "pretrained" in component.name:
+        raise InputError(
+            f"network {component.name} would fetch weights{f' ({wanted[0]})' if wanted else ''}, which may hold code; give "
+            "safetensors to train.initial_weights instead"
+        )
 
 
 def check(network: nn.Module, name: str, patch: tuple[int, int, int, int], classes: int, task: str) -> None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from sparkmed import report, tracking
+from sparkmed import cohort, report, tracking
 from sparkmed.config import Config
 from sparkmed.pipeline import common, data
 from sparkmed.pipeline.common import StageFailed
@@ -15,12 +15,13 @@ from sparkmed.pipeline.data import catalog, deidentify, patches, volumes
 from sparkmed.pipeline.nightly import score, seg_folder
 from sparkmed.pipeline.promotion import promote, rollback
 from sparkmed.pipeline.training import train
+from sparkmed.pipeline.watch import status, watch
 from sparkmed.rejection import InputError
 from sparkmed.training import launch
 
 __all__ = [
     "STAGES", "StageFailed", "catalog", "check", "deidentify", "make_report", "patches", "promote", "rollback", "run", "run_stage",
-    "score", "train", "volumes",
+    "score", "status", "train", "volumes", "watch",
 ]  # fmt: skip
 
 log = logging.getLogger("sparkmed")
@@ -31,8 +32,14 @@ def make_report(config: Config) -> dict:
     registry = tracking.of(config)
     registry.check()
     common.require_same_classes(config, registry, registry.latest(), registry.champion())
+    config = common.pinned(config)
     url = report.write(config, registry)
     return {"report": url}
+
+
+def grouping(config: Config):
+    """Raise :class:`InputError` unless the table of groups can be read."""
+    cohort.groups([], config, None)
 
 
 STAGES: dict[str, Callable[[Config], dict]] = {
@@ -56,7 +63,7 @@ def run(config: Config, tell: Callable[[str], None] = log.info) -> dict[str, dic
 
 def run_stage(name: str, config: Config, tell: Callable[[str], None] = log.info) -> dict:
     started = time.monotonic()
-    outcome = STAGES[name](config)
+    outcome = (STAGES | {"watch": watch})[name](config)
     tell(f"{name:8s} {time.monotonic() - started:6.1f} s  " + ", ".join(f"{k} {v}" for k, v in outcome.items() if v is not None))
     return outcome
 
@@ -75,7 +82,8 @@ def check(config: Config, deep: bool = False) -> list[str]:
             problems.append(str(e))
 
     tracked = [lambda c: tracking.of(c).check(), launch.check]
-    for step in (data.archive_is_there, data.patterns, seg_folder, common.key_of, *tracked, common.slots):
+    steps = (data.archive_is_there, data.patterns, grouping, seg_folder, common.key_of, *tracked, common.pinned, common.slots)
+    for step in steps:
         attempt(lambda step=step: step(config))
     if deep and not problems:
         attempt(lambda: data.rehearse(config))

@@ -1,12 +1,11 @@
 """What the verbs share: rows they start from, lineage, and commits that hold each key once."""
 
-import hashlib
 import logging
 
 import sparkmed
-from sparkmed import identity, storage, tables, tracking
+from sparkmed import dataset, identity, storage, tables, tracking
 from sparkmed.config import Config, digest
-from sparkmed.learning.model import ModelSpec
+from sparkmed.learning import model as models
 from sparkmed.rejection import InputError
 from sparkmed.spark import session as spark_session
 
@@ -52,7 +51,13 @@ def code_version() -> str:
 
 def model_digest(model_url: str) -> str:
     """SHA-256 of the spec, which names the SHA-256 of the weights."""
-    return hashlib.sha256(storage.read_bytes(storage.join(model_url, "spec.json"))).hexdigest()
+    return models.model_digest(model_url)
+
+
+def settings_digest(config: Config, model_url: str) -> str:
+    """Of how a model's predictions are made beyond what its own digest covers; of how often they are committed nothing."""
+    own = models.read_spec(model_url).score
+    return digest(config.score.overlap, config.score.blending, *config.score.changes(own), *config.score.outputs)[:16]
 
 
 def require_few(refused: int, total: int, most: float, setting: str, what: str):
@@ -93,9 +98,71 @@ def require_same_classes(config: Config, registry: tracking.Registry, *versions:
     for version in versions:
         if version is None:
             continue
-        spec = ModelSpec.model_validate(storage.read_json(storage.join(registry.fetch(version, config.lake), "spec.json")))
-        if (spec.task, spec.classes) != (config.task, config.classes):
-            raise InputError(
-                f"version {version} of model {registry.model} predicts {list(spec.classes)} ({spec.task}), the config says "
-                f"{list(config.classes)} ({config.task}): give the new classes a model of their own with tracking.model"
-            )
+        _require_model(config, registry.fetch(version, config.lake), f"version {version} of model {registry.model}")
+
+
+def _require_model(config: Config, url: str, name: str, digest: str = ""):
+    """Load it here once: what executors would refuse is said before they start."""
+    spec = models.Model.load(url, "cpu", config.imports, digest).spec
+    if (spec.task, spec.classes) != (config.task, config.classes):
+        raise InputError(
+            f"{name} predicts {list(spec.classes)} ({spec.task}), the config says {list(config.classes)} ({config.task}): give the "
+            "new classes a model of their own with tracking.model"
+        )
+
+
+def scored(config: Config, registry: tracking.Registry) -> tuple[str, str]:
+    """URL in the lake and version of the model that scores: the champion, or the ensemble of ``score.ensemble``.
+
+    It is loaded here once. Raises :class:`InputError` when there is none, or it is not one for this config.
+    """
+    if config.score.ensemble:
+        return _ensemble(config, registry)
+    version = registry.champion()
+    if version is None:
+        raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
+    require_same_classes(config, registry, version)
+    return registry.fetch(version, config.lake), version
+
+
+def _ensemble(config: Config, registry: tracking.Registry) -> tuple[str, str]:
+    members = {}
+    for entry in config.score.ensemble:
+        uri = entry if "/" in entry else f"models:/{registry.model}{'/' if entry.isdigit() else '@'}{entry}"
+        name, url, _ = _pinned_model(config, uri, registry.uri)
+        members[name] = url
+    spec, found = models.ensemble(config.name, members, config.score)
+    target = dataset.pinned_model(config.lake, found)
+    if not storage.exists(storage.join(target, models.SPEC)):
+        models.gather(spec, members, target)
+    _require_model(config, target, f"the ensemble of {', '.join(members)}", found)
+    log.info("the ensemble %s is the mean of %s", found[:16], ", ".join(m.name for m in spec.members))
+    return target, f"ensemble-{found[:16]}"
+
+
+def _pinned_model(config: Config, uri: str, tracking_uri: str, wanted: str = "") -> tuple[str, str, str]:
+    """The model at ``uri`` by the version that it is now, its copy in the lake, found there by its digest, and the digest."""
+    with tracking.located(uri, tracking_uri) as (name, folder):
+        models.read_spec(folder, wanted)
+        digest = models.model_digest(folder)
+        target = dataset.pinned_model(config.lake, digest)
+        if not storage.exists(storage.join(target, models.SPEC)):
+            models.copy(folder, target)
+    models.read_spec(target, digest)
+    return name, target, digest
+
+
+def pinned(config: Config) -> Config:
+    """The config with the first model of its cascade pinned to a version and a digest, and a copy of it in the lake."""
+    cascade = config.preprocess.cascade
+    if cascade is None:
+        return config
+    name, url, digest = _pinned_model(config, cascade.model, cascade.tracking or tracking.of(config).uri, cascade.digest)
+    spec = models.Model.load(url, "cpu", config.imports, digest).spec
+    if spec.task != "segmentation":
+        raise InputError(
+            f"preprocess.cascade.model {cascade.model} is a {spec.task}: its output is no channel, wanted a segmentation"
+        )
+    found = {"model": name, "tracking": None, "digest": digest, "classes": spec.classes[1:]}
+    preprocess = config.preprocess.model_copy(update={"cascade": cascade.model_copy(update=found)})
+    return config.model_copy(update={"preprocess": preprocess})

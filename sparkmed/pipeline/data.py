@@ -65,6 +65,7 @@ def _make_volumes(config: Config, key: bytes | None) -> dict:
 
 def patches(config: Config) -> dict:
     """Write the patch dataset of the labelled volumes, unless it is there."""
+    config = common.pinned(config)
     rows = common.labelled_rows(config)
     spark = common.spark_of(config)
     lineage = common.lineage(config, config.preprocess, config.patches)

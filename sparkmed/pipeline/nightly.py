@@ -3,8 +3,9 @@
 import logging
 
 from sparkmed import scoring, storage, tables, tracking
-from sparkmed.config import Config, digest
+from sparkmed.config import Config
 from sparkmed.pipeline import common
+from sparkmed.pipeline.watch import watch
 from sparkmed.rejection import InputError
 from sparkmed.spark import catalog as spark_catalog
 from sparkmed.spark import score as spark_score
@@ -13,16 +14,11 @@ log = logging.getLogger("sparkmed")
 
 
 def score(config: Config) -> dict:
-    """Predict with the champion every volume that it has not scored under these settings."""
+    """Predict with the champion, or the ensemble, every volume that it has not scored under these settings."""
     registry = tracking.of(config)
     registry.check()
-    version = registry.champion()
-    if version is None:
-        raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
-    common.require_same_classes(config, registry, version)
-    model_url = registry.fetch(version, config.lake)
-    model_digest = common.model_digest(model_url)
-    settings = digest(config.score.overlap, config.score.blending, *config.score.outputs)[:16]
+    model_url, version = common.scored(config, registry)
+    model_digest, settings = common.model_digest(model_url), common.settings_digest(config, model_url)
     with_masks = config.task == "segmentation" and config.score.masks != "seg"
     segs = seg_folder(config) and scoring.SegFolder(seg_folder(config), registry.model, version, model_digest, settings)
     ledger = tables.predictions(config.lake)
@@ -31,7 +27,7 @@ def score(config: Config) -> dict:
     parked = set() if config.score.retry_refused else set(quarantine.read(["key"])["key"].to_pylist())
     scored = set(ledger.read(["key"])["key"].to_pylist())
     todo = [k for k in sorted(keys) if k not in scored and k not in parked]
-    log.info("champion is version %s of %s; %d of %d volumes to score", version, registry.model, len(todo), len(keys))
+    log.info("version %s of %s; %d of %d volumes to score", version, registry.model, len(todo), len(keys))
     done = refused = 0
     spark = common.spark_of(config) if todo else None
     for start in range(0, len(todo), config.score.commit_every):
@@ -39,8 +35,9 @@ def score(config: Config) -> dict:
         paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
         masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
         rows, rejections = spark_score.predict(
-            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs
-        )
+            spark, list(batch.values()), model_url, config.train.device, masks, config.score, segs, config.imports,
+            storage.join(config.lake, "scratch"), config.score.split_mb,
+        )  # fmt: skip
         lineage = common.lineage(config, config.score) | {
             "model_name": registry.model,
             "model_version": version,
@@ -59,8 +56,10 @@ def score(config: Config) -> dict:
             quarantine.commit([quarantine.write(refusals)])
         refused += len(batch) - len(rows)
     left_out = len(set(keys) & parked - scored)
+    alarms = watch(config)["alarms"]
     common.require_few(refused + left_out, len(keys), config.score.max_refused, "score.max_refused", "volumes")
-    return {"version": version, "scored": done, "before": len(set(keys) & scored), "refused": refused, "parked": left_out}
+    before = len(set(keys) & scored)
+    return {"version": version, "scored": done, "before": before, "refused": refused, "parked": left_out, "alarms": alarms}
 
 
 def seg_folder(config: Config) -> str | None:

@@ -3,20 +3,23 @@
 import datetime
 import json
 import logging
-import statistics
+import math
 
-from sparkmed import scoring, tables, tracking
+import pyarrow.compute as pc
+
+from sparkmed import arrivals, cohort, drift, gates, scoring, storage, tables, tracking
 from sparkmed.config import Config, digest
-from sparkmed.learning import metrics
 from sparkmed.pipeline import common
 from sparkmed.rejection import InputError
 from sparkmed.spark import score as spark_score
 
 log = logging.getLogger("sparkmed")
+QUARANTINED = "quarantined"
+"""Figure of a fingerprint: how many volumes of how many were in quarantine."""
 
 
 def promote(config: Config) -> dict:
-    """Give the newest version the champion alias if it passes the gate on the present test split; the decision is kept."""
+    """Give the newest version the champion alias if it passes the gates on the present test split; the decision is kept."""
     registry = tracking.of(config)
     registry.check()
     challenger, champion = registry.latest(), registry.champion()
@@ -26,33 +29,30 @@ def promote(config: Config) -> dict:
         return {"champion": champion, "action": "kept", "reason": "the newest version is the champion already"}
     common.require_same_classes(config, registry, challenger, champion)
     test = [r for r in common.labelled_rows(config) if r["split"] == "test"]
-    decided = _decision(config, registry, challenger, champion, test)
+    groups = cohort.groups(test, config, common.key_of(config)[0])
+    decided = _decision(config, registry, challenger, champion, test, groups)
     if decided:
         return {"champion": champion, "action": decided["action"], "reason": decided["reason"]}
-    ours = _subject_scores(config, registry, challenger, test)
-    mean = statistics.fmean(ours.values())
-    numbers = {"challenger_mean": mean, "subjects": len(ours), "minimum": config.promote.minimum, "test": _test_digest(test)}
-    passes = mean >= config.promote.minimum
-    reason = f"mean {mean:.4f} over {len(ours)} test subjects, wanted at least {config.promote.minimum:g}"
-    if passes and champion is not None:
-        theirs = _subject_scores(config, registry, champion, test)
-        shared = sorted(set(ours) & set(theirs))
-        if not shared:
-            raise common.StageFailed(
-                f"versions {challenger} and {champion} have no test subject in common: they cannot be compared"
-            )
-        a, b = [ours[s] for s in shared], [theirs[s] for s in shared]
-        gate = config.promote
-        difference, low, high = metrics.paired_bootstrap(a, b, gate.confidence, gate.resamples, config.seed)
-        numbers |= {"champion_mean": statistics.fmean(b), "difference": difference, "low": low, "high": high, "margin": gate.margin}
-        passes = low > gate.margin
-        reason = (
-            f"difference to version {champion} is {difference:+.4f}, {gate.confidence:.0%} interval [{low:+.4f}, {high:+.4f}] "
-            f"over {len(shared)} test subjects, wanted its lower end above {gate.margin:g}"
-        )
-    elif passes:
+    ours = _evaluated(config, registry, challenger, test)
+    theirs = None if champion is None else _evaluated(config, registry, champion, test)
+    megavoxels = {r["uid"]: math.prod(r["shape"][1:]) / 1e6 for r in test}
+    judged, numbers = gates.judge(config.promote, ours, theirs, champion, groups, megavoxels, config.seed)
+    failed = [g.says for g in judged if g.passed is False]
+    unjudged = [g.says for g in judged if g.passed is None and g.wanted is not None]
+    reason = "; ".join(failed or [next((g for g in judged if g.gate == "comparison"), judged[0]).says])
+    if not failed and champion is None:
         reason += "; no champion yet"
-    return _decide(config, registry, "promoted" if passes else "kept", challenger, champion, reason, numbers)
+    reason = "; ".join([reason, *unjudged])
+    numbers |= {"test": _test_digest(test), "grouping": digest(groups)[:16]}
+    before = _promoted(config, registry)
+    then = before and json.loads(before["numbers"]).get("test")
+    if then and then != numbers["test"]:
+        numbers["test_before"] = then
+        reason += f"; the test split is another than when version {before['challenger']} was promoted"
+        log.warning("the test split is another than when version %s was promoted", before["challenger"])
+    if not failed:
+        fingerprint(config, registry, challenger, ours)
+    return _decide(config, registry, "kept" if failed else "promoted", challenger, champion, reason, numbers)
 
 
 def rollback(config: Config) -> dict:
@@ -75,7 +75,10 @@ def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:
     known = {r["key"]: r for r in table.rows() if r["key"] in keys}
     todo = [r for k, r in keys.items() if k not in known]
     if todo:
-        scored, rejections = spark_score.predict(common.spark_of(config), todo, model_url, config.train.device)
+        scored, rejections = spark_score.predict(
+            common.spark_of(config), todo, model_url, config.train.device, imports=config.imports,
+            scratch=storage.join(config.lake, "scratch"), split_mb=config.score.split_mb,
+        )  # fmt: skip
         if rejections:
             e = rejections[0]
             log.warning("%d files of the test split cannot be read, such as %s: %s", len(rejections), e.reason, e.message)
@@ -89,21 +92,78 @@ def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:
     return sorted(known.values(), key=lambda r: (r["subject"], r["volume"]))
 
 
-def _subject_scores(config: Config, registry: tracking.Registry, version: str, test: list[dict]) -> dict[str, float]:
-    scores = scoring.subject_scores(evaluate(config, registry.fetch(version, config.lake), test))
-    if not scores:
+def fingerprint(config: Config, registry: tracking.Registry, version: str, judged: list[dict] | None = None) -> list[dict]:
+    """Rows of ``fingerprints/``: what the volumes that a version was judged on are like, and what it said about them.
+
+    Made when the version is promoted, from ``judged``, its rows of the test split; of a version that has none under the present
+    grouping, from those rows of ``evaluations/`` whose volumes are in the test split now. Kept for good: after a rollback it is
+    there. Training volumes do not count, for of them a model is surer than of new ones.
+    """
+    model_digest = common.model_digest(registry.fetch(version, config.lake))
+    table, name = tables.fingerprints(config.lake), digest(model_digest, config.groups)[:16]
+    known = table.rows(pc.field("set") == name)
+    if known:
+        return known
+    test = {r["uid"]: r for r in common.volume_rows(config) if r["split"] == "test"}
+    if judged is None:
+        found = tables.evaluations(config.lake).rows(pc.field("model_digest") == model_digest)
+        judged = list({r["volume"]: r for r in found if r["volume"] in test}.values())
+    if not judged:
+        return []
+    groups = cohort.groups(list(test.values()), config, common.key_of(config)[0])
+    found = drift.samples(
+        (r["subject"], sources(groups[r["volume"]]), drift.figures(test[r["volume"]], r, config.classes)) for r in judged
+    )
+    facts = {
+        "set": name,
+        "model_name": registry.model,
+        "model_version": version,
+        "model_digest": model_digest,
+        "test": _test_digest(list(test.values())),
+        "made_at": datetime.datetime.now(datetime.UTC),
+        **common.lineage(config, config.groups),
+    }
+    rows = []
+    for (source, figure), values in found.items():
+        sample = drift.Sample.of(values)
+        lists = {"values": sample.values.tolist(), "edges": sample.edges.tolist()}
+        rows.append({"source": source, "figure": figure, "subjects": len(values), **lists})
+    for source, (refused, total) in arrivals.quarantined(config.lake).items():
+        rows.append({"source": source, "figure": QUARANTINED, "values": [float(refused), float(total)], "edges": []})
+    for r in rows:
+        r |= facts | {"key": digest([name, r["source"], r["figure"]])[:32]}
+    common.commit_once(table, rows, "fingerprint")
+    registry.note(version, "sparkmed.fingerprint", name)
+    return rows
+
+
+def sources(groups: dict[str, str]) -> list[str]:
+    """As rows name them: ``modality=CT``."""
+    return [f"{k}={v}" for k, v in groups.items()]
+
+
+def _evaluated(config: Config, registry: tracking.Registry, version: str, test: list[dict]) -> list[dict]:
+    rows = evaluate(config, registry.fetch(version, config.lake), test)
+    if not scoring.subject_scores(rows):
         raise common.StageFailed(f"version {version} has no score on the test split: its labels are empty")
-    return scores
+    return rows
 
 
-def _decision(config: Config, registry, challenger: str, champion: str | None, test: list[dict]) -> dict | None:
-    """The decision that was made about these two versions on this test split under this gate, if one was."""
+def _promoted(config: Config, registry: tracking.Registry) -> dict | None:
+    """The last promotion."""
+    rows = [r for r in tables.promotions(config.lake).rows() if (r["model_name"], r["action"]) == (registry.model, "promoted")]
+    return max(rows, key=lambda r: r["decided_at"], default=None)
+
+
+def _decision(config: Config, registry, challenger: str, champion: str | None, test: list[dict], groups: dict) -> dict | None:
+    """The decision that was made about these two versions on this test split, so grouped, under these gates, if one was."""
     wanted = (registry.model, challenger, champion, digest(config.promote)[:16])
+    facts = {"test": _test_digest(test), "grouping": digest(groups)[:16]}
     for r in tables.promotions(config.lake).rows():
         if (r["model_name"], r["action"], r["champion"]) == (registry.model, "rolled back", challenger):
             return r | {"action": "kept", "reason": f"version {challenger} was rolled back: train another"}
         same = (r["model_name"], r["challenger"], r["champion"], r["config_digest"]) == wanted
-        if same and r["action"] == "kept" and json.loads(r["numbers"])["test"] == _test_digest(test):
+        if same and r["action"] == "kept" and facts.items() <= json.loads(r["numbers"]).items():
             return r
     return None
 

@@ -8,7 +8,7 @@ import threading
 import time
 
 from sparkmed import dataset, report, scoring, storage, tracking
-from sparkmed.config import PLACE_KEYS, Config, digest
+from sparkmed.config import PLACE_KEYS, Config, Score, digest
 from sparkmed.learning import metrics
 from sparkmed.pipeline import common
 from sparkmed.pipeline.promotion import evaluate
@@ -19,12 +19,13 @@ log = logging.getLogger("sparkmed")
 
 def train(config: Config) -> dict:
     """Train on the patch dataset, measure on the test volumes, register the model. Done once for a dataset and a config."""
+    config = common.pinned(config)
     rows = common.labelled_rows(config)
     url = dataset.url(config.lake, config.name, dataset.version(rows, config))
     facts = dataset.describe(url)
     common.require_few(len(facts["refused"]), len(rows), config.volumes.max_refused, "volumes.max_refused", "volumes")
     how = config.train.model_dump(mode="json", exclude=PLACE_KEYS, exclude_defaults=True)
-    training = digest(facts["digest"], how, config.score.overlap, config.score.blending)[:16]
+    training = digest(facts["digest"], how, config.score.overlap, config.score.blending, *config.score.changes(Score()))[:16]
     registry = tracking.of(config)
     registry.check()
     done = registry.trained(training)

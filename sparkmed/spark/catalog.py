@@ -15,7 +15,7 @@ from sparkmed import formats, storage, tables
 from sparkmed.formats import archive
 from sparkmed.formats.instance import READER
 from sparkmed.identity import fingerprint
-from sparkmed.imaging import paths, splits
+from sparkmed.imaging import splits
 from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark import manifest
 from sparkmed.spark.session import packed
@@ -37,10 +37,10 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     is nothing at ``url``, InputError when that is the lake itself.
     """
     instances, refusals = tables.catalog(lake), tables.quarantine(lake)
-    own = storage.absolute(lake).rstrip("/") + "/"
-    if storage.absolute(url).rstrip("/") + "/" == own:
+    top, own = (storage.real(u).rstrip("/") + "/" for u in (url, lake))
+    if top == own:
         raise InputError(f"archive and lake are both {lake}: put the lake elsewhere, a folder inside the archive will do")
-    inner = own.startswith(storage.absolute(url).rstrip("/") + "/")
+    inside = own.removeprefix(top) if own.startswith(top) else None
     finished = instances.committed(STAGE)  # all below is as of this run, whoever commits meanwhile
     unfinished = _unfinished(refusals, finished)
     run = max(finished, refusals.committed(STAGE)) + 1
@@ -51,9 +51,7 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
     identity = f"{READER}:{fingerprint(key)}"
     rekeyed = bool(known.identities - {identity})
     lineage = {**lineage, "run": run, "identity": identity}
-    ignored = [paths.PathPattern(p) for p in limits.exclude]
-    walked = (f for f in storage.walk(url) if not (inner and f.uri.startswith(own)))
-    found = (f for f in walked if not any(p.match(f.path) for p in ignored))
+    found = (f for f in archive.files(url, limits) if not (inside and f.path.startswith(inside)))
     counts = dict.fromkeys(("files", "new", "changed", "gone", "refused", "instances"), 0)
     absent, marks = [], []
 
@@ -182,6 +180,7 @@ def _spark_schema(table: tables.Table):
 def _write(files: list[storage.File], lake: str, limits, key: bytes | None, lineage: dict):
     """One task: read the headers of some files, write what became of them, return the two unpublished table files."""
     rows, refusals = [], []
+    seen_at = datetime.datetime.now(datetime.UTC)
     for file in files:
         name, uri = storage.spelt(file.path), storage.spelt(file.uri)
         facts = {"path": name, "container": uri, "file_size": file.size, "file_mtime_ns": file.mtime_ns}
@@ -190,7 +189,7 @@ def _write(files: list[storage.File], lake: str, limits, key: bytes | None, line
                 refusals.append(quarantine_row(outcome, lineage, **facts))
             else:
                 subject = outcome.patient and (splits.pseudonym(outcome.patient, key) if key else outcome.patient)
-                rows.append({**outcome.row(), "subject": subject or None, **lineage})
+                rows.append({**outcome.row(), "subject": subject or None, "seen_at": seen_at, **lineage})
     return (
         tables.catalog(lake).write(rows) if rows else None,
         tables.quarantine(lake).write(refusals) if refusals else None,

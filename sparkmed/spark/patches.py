@@ -39,7 +39,7 @@ def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: di
 
     def cut_some(some):
         with session.decoding():  # a name for each attempt at a task: of two that run at once, one counts
-            return dataset.spill(some, config, channels, storage.join(spilled, uuid.uuid4().hex))
+            return dataset.spill(some, config, channels, storage.join(spilled, uuid.uuid4().hex), _first(config))
 
     try:
         with materialize_dataset(
@@ -64,6 +64,17 @@ def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: di
             storage.remove(unfinished, recursive=True)
         raise
     return url
+
+
+def _first(config: Config) -> dataset.First | None:
+    """The first model of a cascade, from its copy in the lake."""
+    cascade = config.preprocess.cascade
+    if cascade is None:
+        return None
+    from sparkmed.learning.model import Model  # torch is for those who need it
+
+    model = Model.load(dataset.pinned(config), config.train.device, config.imports, cascade.digest)
+    return lambda image: model.guide(image, cascade.output)
 
 
 def _on_executors(spark: SparkSession, items: list, weights: list[float], do: Callable[[list], Any]) -> list:

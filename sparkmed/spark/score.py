@@ -1,14 +1,17 @@
 """A model over many volumes: packed tasks, one model per Python worker, rows back to the driver."""
 
+import dataclasses
 import logging
-import math
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pyspark.sql import SparkSession
 
-from sparkmed import scoring
+from sparkmed import scoring, storage
 from sparkmed.config import Score
-from sparkmed.learning.model import Model
+from sparkmed.learning import model as models
+from sparkmed.learning.model import Model, ModelSpec
 from sparkmed.rejection import Refused, Rejection
 from sparkmed.spark.session import decoding, packed
 
@@ -17,7 +20,9 @@ STAGE = "score"
 FAILED = "FAILED"
 PASSING = scoring.PASSING | {FAILED}
 """Reasons that may pass, now with a full disk and the like."""
-_loaded: dict[str, Model] = {}
+WORTH_CUTTING_MB = 256.0
+"""A smaller volume is scored in one task, even if that is the longest."""
+_loaded: dict[tuple[str, ...], Model] = {}
 
 
 def predict(
@@ -28,42 +33,131 @@ def predict(
     masks: dict[str, str] | None = None,
     settings: Score | None = None,
     segs: scoring.SegFolder | None = None,
+    imports: Sequence[str] = (),
+    scratch: str | None = None,
+    split_mb: float | None = None,
 ) -> tuple[list[dict], list[Rejection]]:
     """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map.
 
     ``settings`` replace those that the model was trained with; ``segs`` is where DICOM SEG go. A volume whose SEG cannot be
-    written has a prediction all the same, and a refusal that says why.
+    written has a prediction all the same, and a refusal that says why. ``imports`` are those of the config.
+
+    A segmentation of more than ``split_mb`` MB (:func:`scoring.megabytes`), or so large that it would take longer than a slot's
+    share of all, is scored in parts, through files below ``scratch``, which all nodes see. Without ``scratch`` none is.
+
+    Torch has as many threads per task as Spark gives it cores: by ``spark.task.cpus`` Spark sets OMP_NUM_THREADS of its workers.
     """
     if not rows:
         return [], []
-    tasks = packed(list(rows), [math.prod(r["shape"]) for r in rows], 3 * spark.sparkContext.defaultParallelism)
+    specs = [s if settings is None else s.model_copy(update={"score": settings.over(s.score)}) for s in models.specs(model_url)]
+    gpu = device == "cuda" or (device == "auto" and spark.conf.get("spark.task.resource.gpu.amount", "0") != "0")
+    costs = {r["uid"]: sum(scoring.cost(r, s, gpu) for s in specs) for r in rows}
+    slots, parts, refused = spark.sparkContext.defaultParallelism, {}, {}
 
-    def run(volumes):
-        model = _model(model_url, device, settings)
-        with decoding():
-            for row in volumes:
-                try:
-                    prediction = scoring.score(model, row, masks[row["uid"]] if masks else None, segs)
-                    no_seg = prediction.pop("seg_refused", None)
-                    yield prediction, no_seg and [no_seg.at(uri, STAGE) for uri in row["sources"]]
-                except Refused as e:
-                    yield None, [e.at(uri, STAGE) for uri in row["sources"]]
-                except (RuntimeError, ValueError, OSError, MemoryError) as e:  # one volume must not end the night
-                    message = f"{type(e).__name__} while it was scored; it is tried again next time"
-                    yield None, [Rejection(uri, STAGE, FAILED, message) for uri in row["sources"]]
+    def load() -> Model:
+        return _model(model_url, device, settings, imports)
 
-    outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).flatMap(run).collect()
-    without = [refused[0] for p, refused in outcomes if p and refused]
+    cut = [] if scratch is None or len(specs) > 1 else _cut(rows, specs[0], costs, slots, split_mb)
+    here = storage.join(scratch, uuid.uuid4().hex) if cut else None
+    try:
+        if here:
+            parts, refused = _in_parts(spark, cut, specs[0], load, here, slots)
+            costs |= {uid: 0.1 * costs[uid] for uid in parts}  # what is left
+        whole = [r for r in rows if r["uid"] not in refused]
+        tasks = _tasks(whole, [costs[r["uid"]] for r in whole], slots)
+
+        def run(volumes):
+            model = load()
+            with decoding():
+                for row in volumes:
+                    mask = masks[row["uid"]] if masks else None
+                    if row["uid"] in parts:
+                        prediction, reasons = _tried(row, scoring.joined, model, row, parts[row["uid"]], mask, segs)
+                    else:
+                        prediction, reasons = _tried(row, scoring.score, model, row, mask, segs)
+                    no_seg = prediction.pop("seg_refused", None) if prediction else None
+                    yield prediction, [no_seg.at(uri, STAGE) for uri in row["sources"]] if no_seg else reasons
+
+        outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).flatMap(run).collect() if tasks else []
+    finally:
+        if here and storage.exists(here):
+            storage.remove(here, recursive=True)
+    outcomes += [(None, reasons) for reasons in refused.values()]
+    without = [reasons[0] for p, reasons in outcomes if p and reasons]
     if without:
-        message = "%d predictions have no DICOM SEG, such as that of %s: %s (%s)"
-        log.warning(message, len(without), without[0].uri, without[0].message, without[0].reason)
-    return [p for p, _ in outcomes if p], [r for _, refused in outcomes if refused for r in refused]
+        message = "%d predictions have no DICOM SEG; the first because: %s (%s). Which they are is in the quarantine table"
+        log.warning(message, len(without), without[0].message, without[0].reason)
+    return [p for p, _ in outcomes if p], [r for _, reasons in outcomes for r in reasons]
 
 
-def _model(url: str, device: str, settings: Score | None) -> Model:
-    """The model at ``url``, loaded once per worker process."""
-    if url not in _loaded:
+def _tried(row: dict, do: Callable, *arguments) -> tuple[Any, list[Rejection]]:
+    """What ``do`` gives, or None and why; one volume must not end the night."""
+    try:
+        return do(*arguments), []
+    except Refused as e:
+        return None, [e.at(uri, STAGE) for uri in row["sources"]]
+    except (RuntimeError, ValueError, OSError, MemoryError) as e:
+        message = f"{type(e).__name__} while it was scored; it is tried again next time"
+        return None, [Rejection(uri, STAGE, FAILED, message) for uri in row["sources"]]
+
+
+def _tasks(items: list, weights: list[float], slots: int) -> list[list]:
+    """Groups of equal weight: thrice the slots, for what the weights do not know, but no more than the heaviest item allows."""
+    if not items:
+        return []
+    many = int(sum(weights) / max(weights))
+    return packed(items, weights, min(3 * slots, max(slots, many)))
+
+
+def _cut(rows: Sequence[dict], spec: ModelSpec, costs: dict[str, float], slots: int, split_mb: float | None) -> list[dict]:
+    """The rows that are scored in parts."""
+    if spec.task != "segmentation":
+        return []
+    share, chosen = sum(costs.values()) / slots, []
+    for row in rows:
+        size = scoring.megabytes(row, spec)
+        longest = slots > 1 and costs[row["uid"]] > share and size > WORTH_CUTTING_MB
+        if longest or (split_mb is not None and size > split_mb):
+            chosen.append(row)
+    return chosen
+
+
+def _in_parts(
+    spark: SparkSession, rows: list[dict], spec: ModelSpec, load: Callable[[], Model], url: str, slots: int
+) -> tuple[dict[str, scoring.Parts], dict[str, list[Rejection]]]:
+    """By uid of these volumes their parts, blocks and all, ready to be joined; and why others have none.
+
+    Two jobs: one task per volume that preprocesses it, then tasks of blocks of windows of all of them.
+    """
+
+    def spread(row):
+        with decoding():
+            return _tried(row, scoring.spread, load(), row, storage.join(url, row["uid"]))
+
+    def score(blocks):
+        model = load()
+        for n, block in blocks:
+            yield n, *_tried(rows[n], scoring.score_block, model, parts[n], block)
+
+    found = spark.sparkContext.parallelize(rows, len(rows)).map(spread).collect()
+    parts = {n: p for n, (p, _) in enumerate(found) if p}
+    refused = {rows[n]["uid"]: reasons for n, (_, reasons) in enumerate(found) if reasons}
+    blocks = [(n, b) for n, p in parts.items() for b in range(len(spec.windows(p.shape).blocks))]
+    tasks = _tasks(blocks, [float(spec.windows(parts[n].shape).count(b)) for n, b in blocks], slots)
+    for n, seconds, reasons in spark.sparkContext.parallelize(tasks, len(tasks)).flatMap(score).collect() if tasks else []:
+        if reasons:
+            refused[rows[n]["uid"]] = reasons
+        else:
+            parts[n] = dataclasses.replace(parts[n], seconds=parts[n].seconds + seconds)
+    return {rows[n]["uid"]: p for n, p in parts.items() if rows[n]["uid"] not in refused}, refused
+
+
+def _model(url: str, device: str, settings: Score | None, imports: Sequence[str]) -> Model:
+    """The model at ``url``, loaded once per worker process as long as its spec, which names all digests, is the same."""
+    digest = models.model_digest(url)
+    key = digest, device, *imports
+    if key not in _loaded:
         _loaded.clear()
-        _loaded[url] = Model.load(url, device)
-    model = _loaded[url]
-    return model if settings is None else Model(model.spec.model_copy(update={"score": settings}), model.network, model.device)
+        _loaded[key] = Model.load(url, device, imports, digest)
+    model = _loaded[key]
+    return model if settings is None else model.with_settings(settings)

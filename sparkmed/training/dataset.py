@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from sparkmed import storage
+from sparkmed.cache import FileCache, version
 from sparkmed.dataset import DESCRIPTION, Field
 from sparkmed.rejection import InputError
-from sparkmed.training.cache import FileCache, version
 
 _PARQUET = pads.ParquetFileFormat()
 CODECS = ("ndarray", "compressed_ndarray", "image", "scalar")

@@ -76,11 +76,11 @@ def _until_done(launch: Launcher, config: Config, dataset_url: str, folder_url: 
 def check(config: Config) -> None:
     """Raises :class:`InputError` for names and arguments in ``train`` that cannot work: the network is built and tried on zeros."""
     train, classes, size = config.train, len(config.classes), (1, *config.patches.size)
-    network = networks.build(train.network, 1, classes, networks.spatial_dims(config.patches.size))
+    network = networks.build(train.network, 1, classes, networks.spatial_dims(config.patches.size), config.imports)
     networks.check(network, train.network.name, size, classes, config.task)
     state.optimizer(config, network)
-    losses.build(train.loss, config.task)
-    metrics.build(train.metric, config.task, classes)
+    losses.build(train.loss, config.task, config.imports)
+    metrics.build(train.metric, config.task, classes, config.imports)
     if train.initial_weights is not None and not storage.exists(train.initial_weights):
         raise InputError(f"train.initial_weights {train.initial_weights} does not exist")
     if train.processes > 1 and train.launcher == "horovod" and importlib.util.find_spec("horovod") is None:

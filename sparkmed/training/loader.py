@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparkmed.cache import FileCache
 from sparkmed.dataset import Field
 from sparkmed.rejection import InputError
-from sparkmed.training.cache import FileCache
 from sparkmed.training.dataset import Block, PatchDataset, blocks_bytes
 
 READERS = 2

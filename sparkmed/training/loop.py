@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sparkmed
+from sparkmed import dataset as datasets
 from sparkmed import storage
+from sparkmed.cache import FileCache
 from sparkmed.config import PLACE_KEYS, Config, Train, digest
 from sparkmed.learning import losses, metrics, networks
+from sparkmed.learning import model as models
 from sparkmed.learning.augment import augment
 from sparkmed.learning.augment import check as check_augment
 from sparkmed.learning.model import DatasetReference, Model, ModelSpec
 from sparkmed.rejection import InputError
 from sparkmed.training import checkpoint
-from sparkmed.training.cache import FileCache
 from sparkmed.training.comm import Comm, LocalComm
 from sparkmed.training.dataset import PatchDataset
 from sparkmed.training.loader import PatchLoader
@@ -57,7 +59,7 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
     state, identity = State.start(config, feed.dataset, device, comm), run_identity(config, feed.dataset)
     _check_smallest(config, feed, state.network, comm)
     state.restore(comm.broadcast(_saved(folder_url, identity) if comm.rank == 0 else None), feed, comm)
-    network, loss_of = state.network, losses.build(train.loss, config.task)
+    network, loss_of = state.network, losses.build(train.loss, config.task, config.imports)
     forward = torch.compile(network) if train.compile else network
     parameters = [p for p in network.parameters() if p.requires_grad]
     precision = _autocast_type(train.precision, device)
@@ -74,7 +76,9 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
                 group["lr"] = learning_rate(train, comm.size, epoch + before / feed.dataset.rows)
             state.optimizer.zero_grad(set_to_none=True)
             for part in _parts(feed.to_device(batch, device), train, comm):
-                image, label = augment(part["image"], part.get("label"), part["patch_id"], train.augment, config.seed, epoch)
+                image, label = augment(
+                    part["image"], part.get("label"), part["patch_id"], train.augment, config.seed, epoch, config.preprocess.guided
+                )
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     output = forward(image.contiguous(memory_format=layout))
                 values = loss_of(_in_full(output), part["target"] if label is None else label)
@@ -108,10 +112,15 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
 
 
 def validate(config: Config, network: nn.Module, loss_of: losses.Loss, held_out: PatchLoader, comm: Comm) -> dict:
-    """Loss and metric of ``network`` over all patches of ``held_out``, merged over ranks: the same numbers on each."""
+    """Loss and metric of ``network`` over all patches of ``held_out``, merged over ranks: the same numbers on each.
+
+    Of a segmentation this is the likeliest class of each voxel of a patch, without mirrors, blending or postprocessing: components
+    and holes end at a patch's edge, and a threshold alone would be another half of what is scored. It picks the best epoch. What is
+    scored is what the test figures are made of: whole volumes, by the same function (:meth:`Model.labels`).
+    """
     network.eval()
     device = next(network.parameters()).device
-    metric = metrics.build(config.train.metric, config.task, len(config.classes))
+    metric = metrics.build(config.train.metric, config.task, len(config.classes), config.imports)
     loss_sum, samples = 0.0, 0
     with torch.inference_mode():
         for batch in held_out:
@@ -123,7 +132,7 @@ def validate(config: Config, network: nn.Module, loss_of: losses.Loss, held_out:
             loss_sum += loss_of(output, truth).sum().item()
             samples += len(truth)
             metric.update(output, truth, batch["volume"], batch["weight"])
-    merged = metrics.build(config.train.metric, config.task, len(config.classes))
+    merged = metrics.build(config.train.metric, config.task, len(config.classes), config.imports)
     parts = comm.gather((loss_sum, samples, metric.state()))
     for _, _, part in parts:
         merged.merge(part)
@@ -142,7 +151,8 @@ def check(config: Config, dataset: PatchDataset) -> None:
         raise InputError(f"dataset {dataset.url} is for {meta.get('task')}, the config is for {config.task}")
     if tuple(meta.get("classes", config.classes)) != config.classes:
         raise InputError(f"dataset {dataset.url} has classes {list(meta['classes'])}, the config {list(config.classes)}")
-    check_augment(config.train.augment, dataset.field("image").shape)
+    channels, *size = dataset.field("image").shape
+    check_augment(config.train.augment, (channels - config.preprocess.guided, *size))
 
 
 def run_identity(config: Config, dataset: PatchDataset) -> str:
@@ -244,9 +254,13 @@ def _result(config: Config, dataset: PatchDataset, folder_url: str, state: State
             break
     else:
         raise TrainingError(f"{folder_url}: no checkpoint of the end of an epoch can be read")
-    Model.build(model_spec(config, dataset), saved["averaged"] or saved["network"]).save(storage.join(folder_url, MODEL))
+    cascade, folder = config.preprocess.cascade, storage.join(folder_url, MODEL)
+    if cascade is not None:
+        models.copy(datasets.pinned(config), storage.join(folder, models.FIRST), cascade.digest)
+    weights = saved["averaged"] or saved["network"]
+    Model.build(model_spec(config, dataset), weights, imports=config.imports).save(folder)
     return {
-        "history": state.history, "best": row, "stopped": stopped, "model": storage.join(folder_url, MODEL), "identity": identity,
+        "history": state.history, "best": row, "stopped": stopped, "model": folder, "identity": identity,
         "parameters": sum(p.numel() for p in state.network.parameters()), "ranks": state.history[-1]["ranks"],
         "seconds": sum(r["seconds"] for r in state.history),
     }  # fmt: skip

@@ -77,7 +77,9 @@ class State:
         """The state before the first step: a pure function of the config and the dataset's fields, so equal on all ranks."""
         torch.manual_seed(config.seed)
         size = dataset.field("image").shape
-        network = networks.build(config.train.network, size[0], len(config.classes), networks.spatial_dims(size[1:]))
+        network = networks.build(
+            config.train.network, size[0], len(config.classes), networks.spatial_dims(size[1:]), config.imports
+        )
         networks.check(network, config.train.network.name, size, len(config.classes), config.task)
         if config.train.initial_weights is not None:
             _start_from(network, config.train.initial_weights)
@@ -155,9 +157,9 @@ class State:
 
 def optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     chosen = config.train.optimizer
-    factory = components.find(chosen, [torch.optim], "optimizer")
+    factory = components.find(chosen, [torch.optim], "optimizer", config.imports)
     if not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
-        raise InputError(f"optimizer {chosen.name} is not an optimizer of torch.optim")
+        raise InputError(f"optimizer {chosen.name} is not a torch.optim.Optimizer")
     parameters = [p for p in network.parameters() if p.requires_grad]
     component = Component(name=chosen.name, **chosen.arguments)
     return components.create(factory, component, "optimizer", {"params": parameters, "lr": chosen.lr})

@@ -305,3 +305,13 @@ def test_an_archive_without_a_file_is_refused(tmp_path):
     make_zip(tmp_path / "folders.zip", [("a/", b"")])
     make_tar(tmp_path / "nothing.tar.gz", [])
     assert [m.reason for m in listed(tmp_path)] == ["EMPTY_ARCHIVE"] * 3
+
+
+def test_excluded_files_are_not_looked_at(tmp_path):
+    for name in ("a/x.dcm", "a/thumbnails/y.dcm"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"text")
+    limits = config.Catalog(exclude=("**/thumbnails/*",))
+    assert [f.path for f in archive.files(str(tmp_path), limits)] == ["a/x.dcm"]
+    _, rejections = formats.read_archive(str(tmp_path), limits)
+    assert [r.uri for r in rejections] == [f"file://{tmp_path}/a/x.dcm"]

@@ -31,8 +31,9 @@ def instance(data) -> Instance:
 
 
 def reason(data) -> str:
+    """Why an object is refused, at once or when it would become a volume."""
     with pytest.raises(Refused) as e:
-        instance(data)
+        raise Refused(*instance(data).facts.get("problem", ["", "nothing is wrong"]))
     assert dicoms.SECRET not in str(e.value)
     return e.value.reason
 
@@ -447,3 +448,16 @@ def test_a_type_that_names_nobody_is_kept(tmp_path):
     ds = dicoms.dataset(np.zeros((4, 4), np.uint16), ImageType=["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"])
     (header,), _ = read_headers(str(dicoms.write(tmp_path, [ds])))
     assert header.facts["type"] == ["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"]
+
+
+@pytest.mark.parametrize(
+    ("elements", "scanner"),
+    [
+        ({"Manufacturer": "SIEMENS", "ManufacturerModelName": "SOMATOM  Definition"}, "SIEMENS SOMATOM Definition"),
+        ({"Manufacturer": f"for {dicoms.SECRET}"}, None),
+        ({"Manufacturer": ""}, None),
+    ],
+)
+def test_the_scanner_is_a_fact_unless_it_names_the_patient(tmp_path, elements, scanner):
+    ((header,), _) = formats.read_headers(str(dicoms.write(tmp_path, dicoms.series(dicoms.stack(), **elements))))
+    assert header.facts.get("scanner") == scanner

@@ -46,8 +46,15 @@ def test_dose_decays_from_injection_to_the_scan():
 
 
 def test_a_moment_of_injection_goes_before_a_time():
-    moment = drug(RadiopharmaceuticalStartDateTime="20200101093000.00+0100", RadiopharmaceuticalStartTime="235900")
-    assert factor(moment) == pytest.approx(70_000 / (3.7e8 * 2 ** (-5400 / HALF_LIFE)), rel=1e-9)
+    day_before = drug(RadiopharmaceuticalStartDateTime="20191231100000.00")
+    assert factor(day_before) == pytest.approx(70_000 / (3.7e8 * 2 ** (-25 * 3600 / HALF_LIFE)), rel=1e-9)
+
+
+def test_a_moment_in_a_zone_that_cannot_be_compared_leaves_the_time():
+    zoned = {"RadiopharmaceuticalStartDateTime": "20200101093000.00+0300"}
+    assert factor(drug(**zoned)) == pytest.approx(DECAYED, rel=1e-9)
+    with pytest.raises(Refused, match="no time of injection"):
+        factor(drug(**zoned, RadiopharmaceuticalStartTime=None))
 
 
 def test_injected_before_midnight():
@@ -89,6 +96,23 @@ def test_a_header_that_lacks_something(elements, what):
 def test_a_drug_that_lacks_something(name):
     with pytest.raises(Refused):
         factor(drug(**{name: None}))
+
+
+@pytest.mark.parametrize("elements, what", [
+    ({"RadiopharmaceuticalStartDateTime": "20200101050000"}, "300 minutes apart"),
+    ({"RadionuclideTotalDose": 3.7e5}, "another unit"),  # kBq
+    ({"RadionuclideHalfLife": 1221.8}, "6586.2 s"),
+])  # fmt: skip
+def test_a_drug_that_contradicts_itself(elements, what):
+    nuclide = Dataset()
+    nuclide.CodeValue, nuclide.CodingSchemeDesignator, nuclide.CodeMeaning = "77004003", "SCT", "^18^Fluorine"
+    named = drug(RadionuclideCodeSequence=[nuclide])
+    assert factor(named) == pytest.approx(DECAYED, rel=1e-9)
+    for name, value in elements.items():
+        setattr(named, name, value)
+    with pytest.raises(Refused, match=what) as e:
+        factor(named)
+    assert e.value.reason == "SUV_UNKNOWN"
 
 
 def series(folder: pathlib.Path, **elements) -> str:

@@ -1,5 +1,6 @@
 """Series that are no volume are refused, each with its reason code and the numbers that show it."""
 
+import copy
 import dataclasses
 import re
 
@@ -99,6 +100,28 @@ def _():
 @refused("a rescale on some slices", "MIXED_RESCALE", r"\b4\b", r"\b5\b")
 def _():
     return in_ct(phantom(), RescaleSlope=lambda c, k: None if k == 2 else 2, RescaleIntercept=lambda c, k: None if k == 2 else 0)
+
+
+@refused("three types that interleave", "INTERLEAVED", r"\b4 and 4 and 4\b", "type")
+def _():
+    return in_ct(phantom(shape=(6, 5, 12)), ImageType=lambda c, k: ["ORIGINAL", "PRIMARY", "AXIAL", f"T{k % 3}"])
+
+
+@refused("a direction of diffusion per slice", "MIXED_TIMES", r"\b4\b", "direction")
+def _():
+    directions = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.6, 0.8, 0]]
+    return classic(phantom(shape=(6, 5, 4)), DiffusionBValue=1000, DiffusionGradientOrientation=lambda c, k: directions[k])
+
+
+@refused("units that differ", "MIXED_RESCALE", "HU", "US")
+def _():
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": 0}
+    return in_ct(phantom(), **rescale, RescaleType=lambda c, k: ["HU", "US"][k % 2])
+
+
+@refused("a header of its own for each of very many frames", "INTERLEAVED", r"\b300\b")
+def _():
+    return [enhanced.enhanced(frames(phantom(shape=(2, 2, 300)), echo=lambda c, k: 1 + k / 100))]
 
 
 @refused("more orientations than a radial scan has", "MIXED_ORIENTATION", r"\b64\b")
@@ -284,6 +307,38 @@ def test_copy_that_can_be_decoded_is_used(tmp_path):
     (volume,), rejections = read_archive(str(folder))
     assert difference((voxels, OBLIQUE.affine), (volume.array, volume.affine)) == ""
     assert len(rejections) == 5
+
+
+@pytest.mark.parametrize("place", [0, 2, -1])
+@pytest.mark.parametrize("reason", ["CONFLICTING_INSTANCE", "BAD_VALUE", "TRUNCATED"])
+def test_a_series_that_lost_a_slice_is_no_volume(tmp_path, place, reason):
+    """Nor when it is the first or the last one, and the others are a regular grid."""
+    made = classic(phantom(), RescaleSlope=1, RescaleIntercept=0)
+    extra = []
+    if reason == "BAD_VALUE":
+        made[place].RescaleSlope = 0
+    if reason == "CONFLICTING_INSTANCE":
+        extra = [copy.deepcopy(made[place])]
+        extra[0].PixelData = bytes(len(extra[0].PixelData))
+    folder = dicoms.write(tmp_path, made + extra)
+    file = sorted(folder.iterdir())[range(len(made))[place]]
+    if reason == "TRUNCATED":
+        file.write_bytes(file.read_bytes()[:-20])
+    volumes, rejections = read_archive(str(folder))
+    reasons = {r.uri.rpartition("/")[2]: r.reason for r in rejections}
+    assert volumes == [] and len(rejections) == len(made + extra)
+    assert reasons.pop(file.name) == reason
+    assert set(reasons.values()) - {reason} == {"MISSING_SLICE"}
+
+
+def test_slices_of_micrometres(tmp_path):
+    fine = dataclasses.replace(AXIAL, spacing=(0.009, 0.009), gap=0.009)
+    voxels = phantom()
+    (volume,), _ = read_archive(str(folder_of(tmp_path, in_ct(voxels, fine))))
+    assert difference((voxels, fine.affine), (volume.array, volume.affine)) == ""
+    made = in_ct(voxels, fine)
+    _, rejections = read_archive(str(dicoms.write(tmp_path / "less", made[:2] + made[3:])))
+    assert {r.reason for r in rejections} == {"MISSING_SLICE"}
 
 
 def test_same_uid_other_pixels(tmp_path):

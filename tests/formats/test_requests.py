@@ -1,5 +1,6 @@
 """What is done to volumes only when the config asks: tilt and spacing resampled, PET as uptake values."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -69,6 +70,24 @@ def test_tilt_resampled_on_request(tmp_path):
     volume, facts = resampled(tmp_path, made, config.Volumes(resample_tilt=True))
     assert facts["resampled"] == "tilt"
     check_field(volume, positions, TILTED)
+
+
+@pytest.mark.parametrize("degrees", [5, 12, -17])
+def test_slices_that_are_moved_keep_their_edges(tmp_path, degrees):
+    """All is 1000 but a voxel of -1000: within a slice nothing becomes the least value of the volume."""
+    a = np.radians(degrees)
+    tilted = dataclasses.replace(
+        AXIAL, origin=(-120.5, -100.25, 33.7), orientation=(1.0, 0.0, 0.0, 0.0, round(np.cos(a), 9), round(-np.sin(a), 9))
+    )
+    voxels = np.full((1, 12, 10, 8), 1000, np.int16)
+    voxels[0, 5, 5, 3] = -1000
+    made = in_ct(voxels, tilted, ImagePositionPatient=lambda c, k: [-120.5, -100.25, 33.7 + AXIAL.gap * k])
+    (volume,), _ = read_archive(str(folder_of(tmp_path, made)), settings=config.Volumes(resample_tilt=True))
+    moved = volume.array[0]
+    first = moved[..., 0] if volume.affine[2, 2] > 0 else moved[..., -1]
+    assert (first == 1000).sum() >= 12 * 10, "the first slice is where it was, whole"
+    columns = np.argwhere((moved == 1000).any(axis=(1, 2)))
+    assert len(columns) == 12
 
 
 def test_spacing_resampled_on_request(tmp_path):

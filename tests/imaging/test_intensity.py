@@ -136,3 +136,24 @@ def test_other_voxel_types_are_refused(dtype):
 def test_wrong_percentiles_are_named(low, high):
     with pytest.raises(ValueError, match=f"got {low} and {high}"):
         Intensity(kind="percentile", low=low, high=high)
+
+
+def test_quantiles_are_of_each_channel():
+    array = np.stack([np.arange(1000.0), -np.arange(1000.0)]).reshape(2, 10, 10, 10)
+    found = np.reshape(intensity.quantiles(array), (2, -1))
+    assert found == pytest.approx(np.quantile(array.reshape(2, -1), intensity.QUANTILES, axis=1).T)
+    many = intensity.quantiles(np.concatenate([array] * 5).astype(np.int16))
+    assert many == pytest.approx(np.quantile(array, intensity.QUANTILES), abs=1e-6)
+
+
+def test_quantiles_of_a_part_are_near_those_of_all(monkeypatch):
+    monkeypatch.setattr(intensity, "_COUNTED", 5000)
+    i, j, k = np.indices((64, 32, 30))
+    array = (i + 100.0 * (j % 2) + 1000 * (k % 3))[None]  # a step that divides an edge would see one row or slice in two
+    rank = [(array < q).mean() for q in intensity.quantiles(array)]
+    assert rank == pytest.approx(intensity.QUANTILES, abs=0.02)
+
+
+def test_quantiles_copy_no_image():
+    stored = np.zeros((1, 50, 40, 30), np.int16)
+    assert np.shares_memory(stored.transpose(0, 3, 2, 1)[0].ravel("K"), stored)

@@ -287,3 +287,28 @@ def test_slabs_give_what_whole_passes_give(spacing, dtype):
     for _, a, weights in sorted(passes, key=lambda p: p[0]):
         expected = resample._along(expected, weights, a)
     np.testing.assert_array_equal(resample.to_spacing(old, spacing).array[0], expected)
+
+
+@given(affines(oblique=False), st.tuples(*[st.integers(1, 30)] * 3), st.integers(1, 9), st.integers(0, 2))
+def test_planes_are_those_of_the_whole(affine, size, many, axis):
+    rng = np.random.default_rng(0)
+    old = Volume(rng.normal(size=(2, 11, 12, 13)).astype(np.float32), affine)
+    turned = geometry.reorient(old, "SAL")
+    new = resample.sized(geometry.grid_of(turned), size)
+    whole = resample.to_grid(old, new.affine, new.spatial_shape, cval=None).array
+    way = resample.Planes.between(old, new)
+    lows, highs = way.ends(axis)
+    to = way.axes[axis]
+    for start in range(0, size[to], many):
+        stop = min(start + many, size[to])
+        low, high = lows[start:stop].min(), highs[start:stop].max()
+        part = old.array[(slice(None),) * (1 + axis) + (slice(low, high),)]
+        expected = whole[(slice(None),) * (1 + to) + (slice(start, stop),)]
+        assert np.array_equal(way.made(part, low, axis, start, stop), expected)
+
+
+def test_planes_between_oblique_grids_are_none():
+    c, s = np.cos(0.3), np.sin(0.3)
+    turned = geometry.Grid(np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), (5, 5, 5))
+    with pytest.raises(ValueError, match="oblique"):
+        resample.Planes.between(geometry.Grid(np.eye(4), (5, 5, 5)), turned)

@@ -257,3 +257,15 @@ def test_a_batch_of_nothing_stays_nothing():
     image, label = batch()
     out, truth = augment(image[:0], label[:0], [], ALL, 0, 0)
     assert len(out) == len(truth) == 0
+
+
+def test_the_channels_of_a_first_model_move_with_the_image_and_keep_their_values():
+    torch.manual_seed(0)
+    image, said = torch.randn(2, 1, 8, 8, 8), (torch.rand(2, 2, 8, 8, 8) > 0.5).float()
+    spec = Augment(flip=(0, 1, 2), noise=0.3, gamma=0.5, brightness=0.4, contrast=0.3)
+    found, _ = augment(torch.cat([image, said], 1), None, ["a", "b"], spec, 0, 1, guided=2)
+    alone, _ = augment(image, None, ["a", "b"], spec, 0, 1)
+    moved, _ = augment(torch.cat([image, said], 1), None, ["a", "b"], Augment(flip=(0, 1, 2)), 0, 1)
+    assert torch.equal(found[:, :1], alone) and torch.equal(found[:, 1:], moved[:, 1:]) and not torch.equal(found[:, 1:], said)
+    with pytest.raises(InputError, match="two channels or more"):
+        augment(torch.cat([image, said], 1), None, ["a", "b"], Augment(channel_dropout=0.5), 0, 1, guided=2)

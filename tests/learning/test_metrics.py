@@ -125,3 +125,27 @@ def test_pairs_see_a_small_steady_difference():
     assert metrics.paired_bootstrap(b, b) == (0, 0, 0)
     with pytest.raises(ValueError, match="same subjects"):
         metrics.paired_bootstrap(b, b[:3])
+
+
+def test_calibration_error_by_hand():
+    bins = metrics.reliability(np.array([0.9, 0.9, 0.9, 0.9, 0.55, 0.55]), np.array([1, 1, 1, 0, 1, 0]))
+    assert metrics.calibration_error([bins]) == pytest.approx(4 / 6 * 0.15 + 2 / 6 * 0.05)
+    assert metrics.calibration_error([]) is None and metrics.calibration_error([[0.0] * 45]) is None
+
+
+def test_diagrams_merge_by_adding_and_subjects_weigh_the_same():
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.uniform(size=500), rng.uniform(size=500) < 0.5
+    whole = metrics.reliability(confidence, correct)
+    parts = [metrics.reliability(confidence[s], correct[s]) for s in (slice(100), slice(100, 500))]
+    assert np.sum(parts, 0) == pytest.approx(whole)
+    perfect, wrong = metrics.reliability(np.ones(1000), np.ones(1000)), metrics.reliability(np.ones(10), np.zeros(10))
+    assert metrics.calibration_error([perfect, wrong]) == 0.5
+
+
+def test_calibrated_confidence_has_a_small_error():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(size=200_000)
+    assert metrics.calibration_error([metrics.reliability(confidence, rng.uniform(size=200_000) < confidence)]) < 0.01
+    for edge in (0.0, 1.0):
+        assert sum(metrics.reliability(np.array([edge]), np.array([True]))[:15]) == 1

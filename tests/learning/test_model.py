@@ -1,15 +1,19 @@
+import hashlib
+import io
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from formats import dicoms
 
 from sparkmed.config import Component, Intensity, Preprocess, Score
+from sparkmed.imaging import postprocess, preprocess
 from sparkmed.imaging.volume import Volume
+from sparkmed.learning import inference, networks
 from sparkmed.learning import model as models
-from sparkmed.learning import networks
 from sparkmed.learning.model import ClassProbabilities, Model, ModelSpec
 from sparkmed.rejection import InputError, Refused
 
@@ -58,6 +62,29 @@ def test_probabilities_add_up_and_agree_with_the_labels():
     assert np.array_equal(model.predict(volume()).array, model.predict(volume()).array)
 
 
+@pytest.mark.parametrize("orientation", ["RAS", "SPL", None])
+@pytest.mark.parametrize("spacing", [None, (0.6, 1.7, 1.1)])
+def test_planes_as_they_come_are_those_of_the_whole(orientation, spacing):
+    model = segmenter(preprocess=Preprocess(orientation=orientation, spacing=spacing))
+    image = volume((1, 40, 18, 33))
+    ready = preprocess.apply(image, model.spec.preprocess)
+    scores = inference.scores(model.network, ready.array, model.spec.window, 0.25)
+    whole = preprocess.to_input_grid(ready.with_array(scores), image)
+    found = model.segment(image, keep=True)
+    assert np.array_equal(found.probabilities.array, whole.array)
+    labels = postprocess.as_labels(whole).array
+    assert np.array_equal(found.labels.array, labels) and len(np.unique(labels)) > 1
+    assert found.voxels == [int((labels == c).sum()) for c in range(3)]
+    for c, mean in enumerate(found.means):
+        assert mean == (pytest.approx(whole.array[c][labels[0] == c].mean(dtype=np.float64)) if found.voxels[c] else None)
+
+
+def test_a_volume_in_a_list_is_taken_out_of_it():
+    given = [volume()]
+    assert np.array_equal(segmenter().segment(given).labels.array, segmenter().predict(volume()).array)
+    assert given == []
+
+
 def test_saved_and_loaded_it_predicts_the_same(tmp_path):
     model = segmenter()
     model.save(str(tmp_path / "model"))
@@ -73,24 +100,48 @@ def flip_a_byte(folder):
     (folder / "weights.safetensors").write_bytes(data)
 
 
-def other_network(folder):
-    spec = json.loads((folder / "spec.json").read_text())
-    spec["network"]["channels"] = [4, 16]
-    (folder / "spec.json").write_text(json.dumps(spec))
+def changed(change):
+    """A spec that somebody wrote anew."""
+
+    def damage(folder):
+        spec = json.loads((folder / "spec.json").read_text())
+        change(spec)
+        (folder / "spec.json").write_text(json.dumps(spec))
+
+    return damage
 
 
-def no_task(folder):
-    spec = json.loads((folder / "spec.json").read_text())
-    del spec["task"]
-    (folder / "spec.json").write_text(json.dumps(spec))
+def with_weights(data):
+    """Other bytes of weights, of which the spec knows."""
+
+    def damage(folder):
+        (folder / "weights.safetensors").write_bytes(data)
+        changed(lambda s: s.update(weights_sha256=hashlib.sha256(data).hexdigest()))(folder)
+
+    return damage
+
+
+def pickled():
+    stream = io.BytesIO()
+    torch.save({"x": torch.zeros(1)}, stream)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (flip_a_byte, "weights.safetensors has SHA-256"),
-        (other_network, "weights do not fit network UNet"),
-        (no_task, "spec.json is not a model spec.*task"),
+        (changed(lambda s: s["network"].update(channels=[4, 16])), "another network than the weights were saved with"),
+        (changed(lambda s: s.update(classes=["background", "spleen", "liver"])), "says another classes than the weights"),
+        (changed(lambda s: s["preprocess"].update(spacing=[1, 1, 1])), "says another preprocess than the weights"),
+        (changed(lambda s: s["score"].update(mirrors=[0])), "says another score than the weights"),
+        (changed(lambda s: s.update(window=[8, 8, 8], seed=1)), "says another window, seed than the weights"),
+        (with_weights(safetensors.torch.save({"x": torch.zeros(3)})), "weights do not fit network UNet: .*Missing key"),
+        (with_weights(pickled()), "weights.safetensors is not safetensors"),
+        (changed(lambda s: s["network"].update(name="os.system")), "says another network"),
+        (changed(lambda s: s.pop("task")), "spec.json is not a model spec.*task"),
+        (lambda f: (f / "spec.json").write_text("[1]"), "spec.json is not a model spec"),
+        (lambda f: (f / "spec.json").write_bytes(b"\xff\xfe"), "spec.json is not a model spec"),
         (lambda f: (f / "spec.json").write_text("{"), "spec.json is not a model spec"),
         (lambda f: (f / "spec.json").unlink(), "no spec.json"),
         (lambda f: (f / "weights.safetensors").unlink(), "no weights.safetensors"),
@@ -156,6 +207,57 @@ def test_as_pyfunc(tmp_path):
     with pytest.raises(InputError, match="0 volumes, wanted 1"):
         (tmp_path / "broken.nii.gz").write_bytes(b"broken")
         loaded.predict(pd.DataFrame({"uri": [f"file://{tmp_path}/broken.nii.gz"]}))
+
+
+class Touch(torch.nn.Module):
+    """A network that is not MONAI's: building it leaves a trace."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.layer = torch.nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_spec_cannot_allow_its_own_network(tmp_path):
+    foreign = Component(name=f"{Touch.__module__}.Touch")
+    spec = segmenter().spec.model_copy(update={"network": foreign})
+    Model(spec, Touch(1, 3)).save(str(tmp_path))
+    with pytest.raises(InputError, match=f"network {foreign.name} is refused: it is not below monai.networks.nets"):
+        Model.load(str(tmp_path))
+    with pytest.raises(InputError, match="is refused"):
+        models._load_pyfunc(str(tmp_path))
+    for loaded in (
+        Model.load(str(tmp_path), imports=[Touch.__module__]),
+        models._load_pyfunc(str(tmp_path), {"imports": [Touch.__module__]}).model,
+    ):
+        assert isinstance(loaded.network, Touch)
+
+
+@pytest.mark.parametrize("name", ["os.system", "subprocess.Popen", "torch.load", "monai.networks.nets.unet.SkipConnection"])
+def test_a_spec_that_names_something_else_is_refused(tmp_path, name):
+    model = segmenter()
+    named = Component(name=name, command=f"touch {tmp_path}/ran", args=["touch", f"{tmp_path}/ran"], f=str(tmp_path))
+    Model(model.spec.model_copy(update={"network": named}), model.network).save(str(tmp_path))
+    with pytest.raises(InputError, match=f"network {name} is refused"):
+        Model.load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_is_not_the_one_of_the_digest_is_refused(tmp_path):
+    segmenter().save(str(tmp_path))
+    digest = models.model_digest(str(tmp_path))
+    assert Model.load(str(tmp_path), digest=digest).spec.name == "organs"
+    with pytest.raises(InputError, match="is not the one that was asked for: spec.json has SHA-256"):
+        Model.load(str(tmp_path), digest="0" * 64)
+
+
+def test_weights_of_before_that_do_not_say_their_spec_are_taken(tmp_path):
+    model = segmenter()
+    model.save(str(tmp_path))
+    with_weights(safetensors.torch.save(model.network.state_dict()))(tmp_path)
+    assert np.array_equal(Model.load(str(tmp_path)).predict(volume()).array, model.predict(volume()).array)
 
 
 def test_plain_mlflow_loads_it(tmp_path):

@@ -141,6 +141,13 @@ def test_a_lake_inside_the_archive_is_no_image(spark, archive):
     assert counts["new"] == 0
 
 
+def test_a_lake_inside_the_archive_by_another_name_is_no_image(spark, archive, tmp_path):
+    (tmp_path / "link").symlink_to(archive)
+    for url in (tmp_path / "link", archive):
+        counts = catalog.update(spark, str(url), str(archive / "lake"), config.Catalog(), None, LINEAGE)
+        assert counts["files"] == 6
+
+
 def test_an_archive_inside_the_lake_is_read(spark, archive, tmp_path):
     counts = catalog.update(spark, str(archive), str(tmp_path), config.Catalog(), None, LINEAGE)
     assert counts["files"] == 6

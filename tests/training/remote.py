@@ -58,7 +58,7 @@ def opened() -> list[str]:
 
 def fetch(folder: str, url: str, answers, limit_gb: float = 1.0) -> None:
     """In a process of its own: read ``url`` through the cache in ``folder``, and put what was read into the queue ``answers``."""
-    from sparkmed.training.cache import FileCache, version
+    from sparkmed.cache import FileCache, version
 
     size = os.path.getsize(url.removeprefix("counted://"))
     with FileCache(folder, limit_gb).open(url, size, version(url)) as file:

@@ -15,13 +15,12 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from training import datasets, remote
 
+from sparkmed.cache import FetchError, FileCache, version
 from sparkmed.rejection import InputError
-from sparkmed.training.cache import FetchError, FileCache, version
 from sparkmed.training.dataset import DatasetError, PatchDataset
 from sparkmed.training.loader import PatchLoader
-
-from . import datasets, remote
 
 SPAWN = multiprocessing.get_context("spawn")
 
