@@ -18,7 +18,7 @@ from pydicom.valuerep import DA, TM
 import sparkmed
 from sparkmed import storage
 from sparkmed.config import Segment
-from sparkmed.formats import archive, dicom, identifiers
+from sparkmed.formats import archive, dicom, identifiers, segmentation
 from sparkmed.formats.header import code, uid
 from sparkmed.formats.instance import VolumeHeader, check_size
 from sparkmed.formats.segmentation import Canvas, Legible, Plane, numbered
@@ -211,7 +211,8 @@ def read(url: str, image: VolumeHeader) -> Volume:
     of their numbers. Raises :class:`Refused` as :func:`read_array`."""
     data = storage.read_bytes(url)
     grid = Grid(image.affine, image.shape[1:])
-    array = read_array(data, read_facts(io.BytesIO(data)), grid)
+    array = read_array(data, read_facts(io.BytesIO(data)), segmentation.acquired(image.facts, grid))
+    array = segmentation.regular(array, image.facts, grid)
     return Volume(array, grid.affine, modality="SEG", sources=(storage.absolute(url),))
 
 
@@ -256,7 +257,8 @@ def write(
     and the source: writing it again gives the same bytes. Frames without a segment are left out, unless all are.
 
     An image that was resampled to a regular grid (``volumes.resample_tilt``, ``resample_spacing``) has its SEG on the slices as
-    they were acquired: each of their voxels takes the nearest of ``labels``, so reading it back is not voxel for voxel. A series
+    they were acquired: each of their voxels takes the nearest of ``labels``. Reading it back gives for a tilted gantry ``labels``,
+    but for the corners of the regular grid that no slice has; for uneven spacing each plane that of the nearest slice. A series
     without FrameOfReferenceUID, as some anonymisers leave it, gets one in its SEG that is a function of its SeriesInstanceUID.
     Texts are written in UTF-8; dates, times and a sex that DICOM does not know are left out.
 
@@ -271,31 +273,15 @@ def write(
         raise InputError(f"labels reach {labels.array.max()}, but {len(segments)} segments are described")
     # a copy, for highdicom 0.28 scales what it is given in place
     array = labels.array.astype(np.uint8 if len(segments) < 256 else np.uint16)
-    array = _on_slices(array, source)[0].transpose(2, 1, 0)
+    array = segmentation.sliced(array, source.facts, grid)[0].transpose(2, 1, 0)
     if seg_type == "FRACTIONAL" and probabilities is not None:
         if probabilities.array.shape != (1 + len(segments), *labels.spatial_shape):
             raise InputError(f"probabilities of shape {probabilities.array.shape} for {len(segments)} segments and a background")
-        array = _on_slices(np.clip(probabilities.array[1:], 0, 1), source).transpose(3, 2, 1, 0)
+        array = segmentation.sliced(np.clip(probabilities.array[1:], 0, 1), source.facts, grid).transpose(3, 2, 1, 0)
     images = _headers(source)
     frames = _own_frames(source) if _frame_count(images[0]) > 1 else None
     storage.write_bytes(url, _encoded(images, frames, array, segments, seg_type, identity, model, version))
     return derived_uid(identity, "instance")
-
-
-def _on_slices(array: np.ndarray, source: VolumeHeader) -> np.ndarray:
-    """(C, I, J, K) on the grid of ``source`` as it lies on its slices, nearest neighbour: what series.straightened did, undone."""
-    stacked = source.facts.get("stacked")
-    if not stacked:
-        return array
-    if "places" in stacked:
-        return array[..., np.clip(np.rint(stacked["places"]).astype(int), 0, array.shape[3] - 1)]
-    _, columns, rows, slices = stacked["shape"]
-    to_grid = np.linalg.inv(np.reshape(source.affine, (4, 4))) @ np.reshape(stacked["affine"], (4, 4))
-    out = np.empty((len(array), columns, rows, slices), array.dtype)
-    for k in range(slices):  # columns and rows keep their size and direction
-        i, j = np.clip(np.rint((to_grid @ [0, 0, k, 1])[:2]).astype(int), 0, np.subtract(array.shape[1:3], (columns, rows)))
-        out[..., k] = array[:, i : i + columns, j : j + rows, k]
-    return out
 
 
 def _headers(source: VolumeHeader) -> list[Dataset]:

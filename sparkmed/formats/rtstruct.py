@@ -11,7 +11,7 @@ import pydicom
 
 from sparkmed.formats import dicom, identifiers
 from sparkmed.formats.header import uid
-from sparkmed.formats.segmentation import Canvas, Legible, numbered, tolerances
+from sparkmed.formats.segmentation import Canvas, Legible, index_of, numbered, tolerances
 from sparkmed.imaging import geometry
 from sparkmed.imaging.geometry import Grid
 from sparkmed.rejection import Refused
@@ -131,7 +131,7 @@ def _points(contour) -> np.ndarray:
 
 def _in_slice(points: np.ndarray, grid: Grid) -> tuple[int, np.ndarray]:
     """The slice of a contour, and its (n, 2) corners in voxels along I and J."""
-    index = np.linalg.inv(grid.affine) @ geometry.lps_to_ras(np.vstack([points.T, np.ones(len(points))]))
+    index = index_of(geometry.lps_to_ras(np.vstack([points.T, np.ones(len(points))])), grid)
     k = int(np.rint(np.clip(np.median(index[2]), 0, grid.spatial_shape[2] - 1)))
     away = float(np.abs(index[2] - k).max()) * geometry.spacing(grid.affine)[2]
     limit = tolerances(grid)[2]

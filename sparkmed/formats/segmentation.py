@@ -2,7 +2,8 @@
 
 A segmentation object names a series, so where it lies can be told only beside the images of that series: :func:`series.assemble`
 makes headers without a grid, :func:`on_grid` gives them that of an image, and :class:`Canvas` is what their readers paint on.
-No value is interpolated: a voxel of the object is a voxel of the image, or the object is refused.
+No value is interpolated: a voxel of the object is a voxel of the image, or the object is refused. For an image that was resampled
+to a regular grid that holds of its slices as they were acquired (:func:`acquired`), from which :func:`regular` takes the nearest.
 """
 
 import contextlib
@@ -12,7 +13,8 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,7 +65,8 @@ def on_grid(segmentation: VolumeHeader, image: VolumeHeader, classes: Mapping[in
     With ``classes`` (class index by segment number) a class map (1, I, J, K) instead; other segments are background. Segments that
     name another frame of reference than the image's are left out. Raises :class:`Refused`: ``MIXED_PATIENT``,
     ``FRAME_OF_REFERENCE`` (also when no segment is left, or none of a class), ``LABEL_GRID_MISMATCH`` when a plane of it is none
-    of the image's, ``LABEL_WITHOUT_SEGMENT``. What only its pixels or contours show is found when it is read.
+    of the image's (as acquired, where it was resampled), ``LABEL_WITHOUT_SEGMENT``. What only its pixels or contours show is found
+    when it is read.
     """
     facts = segmentation.facts
     if segmentation.patient and image.patient and segmentation.patient != image.patient:
@@ -73,7 +76,8 @@ def on_grid(segmentation: VolumeHeader, image: VolumeHeader, classes: Mapping[in
         raise Refused("FRAME_OF_REFERENCE", "the segmentation is in another frame of reference than the series that it refers to")
     if not facts["segments"]:
         raise Refused("LABEL_WITHOUT_SEGMENT", "the segmentation holds no segment")
-    grid = Grid(image.affine, image.shape[1:])
+    stacked = {k: image.facts[k] for k in ("resampled", "stacked") if k in image.facts}
+    grid = acquired(stacked, Grid(image.affine, image.shape[1:]))
     for plane in facts.get("planes") or []:
         Plane.of(plane[:3], plane[3:9], plane[9:], facts["size"], grid)
     frame = image.facts.get("frame")
@@ -83,16 +87,83 @@ def on_grid(segmentation: VolumeHeader, image: VolumeHeader, classes: Mapping[in
     lost = set((classes or {}).values()) - {c for n, c in (classes or {}).items() if n in numbers}
     if lost or not here:
         raise Refused("FRAME_OF_REFERENCE", f"{len(elsewhere)} segments are in another frame of reference than the series")
-    keep: dict[str, Any] = {"segments": here}
+    keep: dict[str, Any] = {"segments": here, **stacked}
     if elsewhere:
         keep["elsewhere"] = elsewhere
     if classes:
         keep["segments"] = [{"number": s["number"]} for s in here]
         keep["classes"] = {str(n): c for n, c in sorted(classes.items()) if n in numbers}
     shape = (1 if classes else len(here), *image.shape[1:])
-    content = json.dumps([segmentation.uid, image.affine, shape, keep.get("classes"), *elsewhere])
+    content = json.dumps([segmentation.uid, image.affine, shape, keep.get("classes"), *elsewhere, *stacked.values()])
     uid = hashlib.sha256(content.encode()).hexdigest()[:32]
     return dataclasses.replace(segmentation, uid=uid, shape=shape, affine=image.affine, header=to_json(keep))
+
+
+@dataclass(frozen=True, eq=False)
+class Slices(Grid):
+    """Slices that lie at uneven ``places``, in steps of a regular grid of this affine."""
+
+    places: tuple[float, ...] = ()
+
+
+def acquired(facts: Mapping[str, Any], grid: Grid) -> Grid:
+    """Where the slices of an image of ``grid`` lay before it was resampled; ``facts`` are its own, or those of its segmentation."""
+    stacked = facts.get("stacked")
+    if not stacked:
+        return grid
+    shape = tuple(stacked["shape"][1:])
+    if "places" in stacked:
+        return Slices(grid.affine, shape, tuple(stacked["places"]))
+    return Grid(stacked["affine"], shape)
+
+
+def regular(array: np.ndarray, facts: Mapping[str, Any], grid: Grid) -> np.ndarray:
+    """Labels (C, I, J, K) on :func:`acquired` slices on ``grid``, nearest neighbour; 0 where no slice reaches.
+
+    Of a tilted gantry this undoes :func:`sliced` voxel for voxel, but for corners that no slice has. Of uneven spacing there are
+    more planes than slices, and a plane takes the nearest slice.
+    """
+    slices = acquired(facts, grid)
+    if slices is grid:
+        return array
+    if isinstance(slices, Slices):
+        nearest = np.abs(np.subtract.outer(np.arange(grid.spatial_shape[2]), slices.places)).argmin(axis=1)
+        return array[..., nearest]
+    out = np.zeros((len(array), *grid.spatial_shape), array.dtype)
+    for k, i, j in _shifts(slices, grid):
+        out[:, i : i + array.shape[1], j : j + array.shape[2], k] = array[..., k]
+    return out
+
+
+def sliced(array: np.ndarray, facts: Mapping[str, Any], grid: Grid) -> np.ndarray:
+    """(C, I, J, K) on ``grid`` as it lies on :func:`acquired` slices, nearest neighbour: what series.straightened did, undone."""
+    slices = acquired(facts, grid)
+    if slices is grid:
+        return array
+    if isinstance(slices, Slices):
+        return array[..., np.clip(np.rint(slices.places).astype(int), 0, array.shape[3] - 1)]
+    out = np.empty((len(array), *slices.spatial_shape), array.dtype)
+    for k, i, j in _shifts(slices, grid):
+        out[..., k] = array[:, i : i + out.shape[1], j : j + out.shape[2], k]
+    return out
+
+
+def _shifts(slices: Grid, grid: Grid) -> Iterator[tuple[int, int, int]]:
+    """(k, i, j) of each tilted slice and the voxel of ``grid`` that its first one is; columns and rows keep size and direction."""
+    to_grid, room = np.linalg.inv(grid.affine) @ slices.affine, np.subtract(grid.spatial_shape, slices.spatial_shape)[:2]
+    for k in range(slices.spatial_shape[2]):
+        i, j = np.clip(np.rint((to_grid @ [0, 0, k, 1])[:2]).astype(int), 0, room)
+        yield k, int(i), int(j)
+
+
+def index_of(points: np.ndarray, grid: Grid) -> np.ndarray:
+    """(3, n) voxels of (4, n) points in RAS+ mm; of :class:`Slices` the third counts slices, and what lies between them is as many
+    steps beside the nearest."""
+    index = (np.linalg.inv(grid.affine) @ points)[:3]
+    if isinstance(grid, Slices):
+        nearest = np.abs(np.subtract.outer(index[2], grid.places)).argmin(axis=1)
+        index[2] = nearest + index[2] - np.asarray(grid.places)[nearest]
+    return index
 
 
 def placed(headers: Sequence[VolumeHeader]) -> tuple[list[VolumeHeader], list[Rejection]]:
@@ -223,7 +294,7 @@ def together(maps: Iterable[np.ndarray]) -> np.ndarray:
     return whole
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plane:
     """Where a frame of (columns, rows) lies on a grid of (I, J, K) voxels: one index is a number, two are ranges."""
 
@@ -239,10 +310,13 @@ class Plane:
         ``LABEL_GRID_MISMATCH`` with the distance in mm when one is further than :func:`tolerances` from a voxel.
         """
         normal = np.cross(orientation[:3], orientation[3:])
-        frame = np.linalg.inv(grid.affine) @ dicom.slice_affine(position, orientation, spacing, normal)
+        place = dicom.slice_affine(position, orientation, spacing, normal)
+        frame = np.linalg.inv(grid.affine) @ place
+        frame[:3, 3:] = index_of(place[:, 3:], grid)
         steps, start = np.rint(frame[:3, :2]), np.rint(frame[:3, 3])
         axes = np.abs(steps).argmax(axis=0)
-        if not (np.abs(steps).sum(axis=0) == 1).all() or axes[0] == axes[1]:
+        across = isinstance(grid, Slices) and 2 in axes  # uneven slices hold no frame that cuts them
+        if not (np.abs(steps).sum(axis=0) == 1).all() or axes[0] == axes[1] or across:
             pixel, voxel = (" x ".join(f"{s:.4g}" for s in steps) for steps in (spacing[::-1], geometry.spacing(grid.affine)))
             message = f"a frame of {pixel} mm pixels does not lie along the {voxel} mm voxels of the image"
             raise Refused("LABEL_GRID_MISMATCH", message)
