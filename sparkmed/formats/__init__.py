@@ -120,7 +120,9 @@ def _read_segmentation(header: VolumeHeader) -> np.ndarray:
 
     def painted(position, data):
         part, what = parts[position], f"{parts[position]['format']} on source {position + 1} of {len(parts)}"
-        return isolation.decode(_SEGMENTATIONS[part["format"]].read_array, data, part, grid, what=what)
+        read = _SEGMENTATIONS[part["format"]].read_array
+        array = isolation.decode(read, data, part, segmentation.acquired(part, grid), what=what)
+        return segmentation.regular(array, part, grid)
 
     return _of_shape(segmentation.together(painted(n, data) for n, data in _sources(header)), header)
 

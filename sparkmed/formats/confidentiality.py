@@ -16,6 +16,11 @@ What the table does not name is kept only when the standard defines it and does 
 name: private elements, group lengths, names (PN), addresses in a net (UR), unknown values (UN), unknown and retired elements,
 remarks and long texts but for a few technical ones, and elements that are written in another VR than the standard's are removed. A
 UID that the standard does not define is replaced.
+
+Of short texts (LO, SH) that the table does not name, what a device writes, a table of codes, or whoever made a part of it stays:
+makes, models, versions, techniques, codes. What somebody types for one patient, order or place goes, as do identifiers of people,
+accessories, hosts and journeys: labels, notes, names of beams and setups. Where an IOD asks for the element it is emptied (type 2)
+or a dummy (type 1).
 """
 
 import functools
@@ -78,10 +83,31 @@ _REMOVED = frozenset(
     for k in (
         "PatientBirthDateInAlternativeCalendar PatientDeathDateInAlternativeCalendar PatientAlternativeCalendar ContactDisplayName "
         "DeviceID OwnerID ImageID HangingProtocolCreator EncryptedAttributesSequence EncryptedContent HPGLDocument "
-        "RecordKey PriorRecordKey"
+        "RecordKey PriorRecordKey "
+        # of people, animals, hosts, devices and journeys
+        "BreedRegistrationNumber ComponentWelderIDs NTPSourceAddress TimeSource GridID ProductLotIdentifier PrinterName "
+        "SubstanceAdministrationDeviceID AuthorizationEquipmentCertificationNumber StorageMediaFileSetID AssessmentSetID "
+        "AccessoryCode PatientSupportAccessoryCode TrayAccessoryCode BoardingPassID ItineraryID ItineraryIDType "
+        "ItineraryIDAssigningAuthority RouteID RouteIDAssigningAuthority RouteSegmentID RouteSegmentStartLocationID "
+        "RouteSegmentEndLocationID CarrierID AssignedLocation "
+        # typed for one patient, order or place
+        "SubstanceAdministrationNotes FrameLabel FrameLabelVector FrameOfInterestDescription InstructionText ProtocolElementName "
+        "AcquisitionProtocolName TreatmentProtocols TargetLabel IndicationLabel PropertyLabel TickLabel AssessmentLabel "
+        "RouteOfAdmissions PerformedProcedureTypeDescription CompletionFlagDescription ConfidentialityCode ResourceDescription "
+        "ReasonForChannelOmissionDescription ContainerComponentDescription LensStatusDescription VitreousStatusDescription "
+        "PatientAdditionalPosition PatientSetupLabel ApplicationSetupName BeamName BlockName RTImageName ToleranceTableLabel "
+        "SurfaceModelLabel PlanningLandmarkDescription GraphicLayerDescription GraphicGroupLabel WorklistLabel ProcedureStepLabel "
+        "DisplaySubsystemName DisplaySubsystemDescription ConfigurationName ConfigurationDescription FilmSessionLabel "
+        "HangingProtocolName HangingProtocolDescription HangingProtocolUserGroupName ImageSetLabel DisplaySetLabel "
+        "DisplaySetPresentationGroupDescription DataSetDescription HPGLDocumentLabel"
     ).split()
 )
 """What the table does not name and yet says who somebody is, or may."""
+_ASKED_FOR = {
+    "Z": "ContentDescription FixationDeviceLabel ShieldingDeviceLabel SetupDeviceLabel",
+    "D": "SegmentLabel TrackSetLabel RTImageLabel",
+}
+LISTED |= {tag_for_keyword(k): action for action, keywords in _ASKED_FOR.items() for k in keywords.split()}
 _REMARKS = re.compile("Comment|Explanation|Remark")
 _LONG_TEXTS = frozenset({"LT", "ST", "UC", "UT"})
 _TECHNICAL = frozenset(

@@ -74,8 +74,9 @@ _SECONDARY_CAPTURE = re.compile(re.escape(_CLASS) + r"7(\.\d)?$")
 _DOCUMENT = re.compile(re.escape(_CLASS) + r"104(\.\d+)?$")
 _REPORT = re.compile(re.escape(_CLASS) + r"88(\.\d+)*$")
 _VOICE = re.compile(re.escape(_CLASS) + r"9\.4\.\d$")
-_SEEN_BY_A_CAMERA = re.compile(re.escape(_CLASS) + r"77\.1\.(1|2|4|5)(\.\d+)?$")
-"""Endoscopy, light microscopy, photography, ophthalmology: their cameras write a name into the picture unless told otherwise."""
+_SEEN_BY_A_CAMERA = re.compile(re.escape(_CLASS) + r"77\.([12]|1\.[1-57-9](\.\d+)?)$")
+"""Endoscopy, microscopy, photography, ophthalmology, dermoscopy: their cameras write a name into the picture unless told
+otherwise."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,9 @@ def _burned_in(dataset: Dataset, sop_class: str) -> str:
     stated = _text(dataset, "BurnedInAnnotation").upper()
     if stated == "YES":
         return "BurnedInAnnotation is YES"
+    labelled = _text(dataset, "SpecimenLabelInImage").upper() == "YES" or {"LABEL", "OVERVIEW"} & set(_texts(dataset, "ImageType"))
+    if labelled and (sop_class == dicom.SLIDE or "SpecimenLabelInImage" in dataset):
+        return "a picture of a slide's label, which names the patient"
     if stated != "NO" and _SEEN_BY_A_CAMERA.match(sop_class):
         return "BurnedInAnnotation does not say NO, as a camera's image must"
     return ""

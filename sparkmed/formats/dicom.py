@@ -16,13 +16,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.pixels import apply_color_lut, get_decoder
 from pydicom.tag import Tag
 from pydicom.uid import UID
 
 from sparkmed.formats import frames as frame_facts
-from sparkmed.formats import isolation, pet
-from sparkmed.formats.header import Header, code
+from sparkmed.formats import identifiers, isolation, pet
+from sparkmed.formats.header import Header, uid
 from sparkmed.formats.instance import check_size, to_json
 from sparkmed.rejection import Refused
 
@@ -105,12 +106,22 @@ _PIXEL_KEYWORDS = (
     "SegmentedBluePaletteColorLookupTableData PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable "
     "ExtendedOffsetTableLengths"
 ).split()
+_OWNER = tuple(
+    Tag(k)
+    for k in (
+        "SpecificCharacterSet PatientName PatientID OtherPatientNames OtherPatientIDs PatientBirthDate AccessionNumber "
+        "ReferringPhysicianName OperatorsName PerformingPhysicianName InstitutionName"
+    ).split()
+)
+"""Elements that say whose an image is, by which its other values are judged."""
 _PRIVATE = (0x0019100A, 0x0019100C, 0x0019100E, 0x00291010, 0x0043102F, 0x00431039, 0x20011003, 0x70531000)
 """Of vendors that say there what the standard has no element for, or had none; as they lie in the first block of their group."""
 _BLOCKS = range(0x10, 0x13)
-_HEADER_TAGS = [Tag(k) for k in _HEADER_KEYWORDS] + [
-    Tag(t) for p in _PRIVATE for b in _BLOCKS for t in (p & 0xFFFF0000 | b, p & 0xFFFF0000 | b << 8 | p & 0xFF)
-]
+_HEADER_TAGS = (
+    [Tag(k) for k in _HEADER_KEYWORDS]
+    + [*_OWNER]
+    + [Tag(t) for p in _PRIVATE for b in _BLOCKS for t in (p & 0xFFFF0000 | b, p & 0xFFFF0000 | b << 8 | p & 0xFF)]
+)
 _PIXEL_TAGS = [pydicom.datadict.tag_for_keyword(k) for k in _PIXEL_KEYWORDS]
 _GROUP_STARTS = (b"\x02\x00", b"\x08\x00")
 _INTERLEAVED = re.compile(r"\.4\.(5|7|9|20)\d+$")
@@ -218,11 +229,11 @@ def read_header(stream, size: int) -> dict:
 def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) -> dict:
     implicit, little = ds.original_encoding
     h = Header(ds, little)
-    syntax = deflated or code(ds.file_meta.get("TransferSyntaxUID"))
+    syntax = deflated or uid(ds.file_meta.get("TransferSyntaxUID"))
     if not syntax:
         syntax = str(pydicom.uid.ImplicitVRLittleEndian if implicit else
                      pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian)  # fmt: skip
-    sop_class = h.text("SOPClassUID") or code(ds.file_meta.get("MediaStorageSOPClassUID"))
+    sop_class = h.uid("SOPClassUID") or uid(ds.file_meta.get("MediaStorageSOPClassUID"))
     modality = h.text("Modality")
     if not sop_class and not modality and "Rows" not in h:
         raise Refused("BROKEN_DICOM", "neither a SOP class nor a modality nor an image: not a whole DICOM object")
@@ -305,7 +316,7 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         "lut": "ModalityLUTSequence" in h or None,
         "problem": cut,
         "burned_in": h.text("BurnedInAnnotation") == "YES" or None,
-        "concatenation": [h.text("ConcatenationUID"), h.integer("InConcatenationTotalNumber", 0)]
+        "concatenation": [h.uid("ConcatenationUID"), h.integer("InConcatenationTotalNumber", 0)]
         if "ConcatenationUID" in h
         else None,
     }
@@ -325,6 +336,7 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
             header["suv"], header["suv_by"] = pet.suv_factor(h)
         except Refused as e:
             header["suv_problem"] = e.message
+    _withhold(h, [header, *by_frame])
     same, differing = frame_facts.folded(by_frame)
     header |= same | {"per_frame": differing or None}
     count = max(frames, len(by_frame))
@@ -335,12 +347,40 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
     return fields
 
 
+_COMMON = frozenset(
+    "ORIGINAL DERIVED MIXED PRIMARY SECONDARY AXIAL LOCALIZER VOLUME LABEL OVERVIEW NONE OTHER MPR M P R I ND NORM".split()
+)
+"""Values of the image type that name nobody."""
+
+
+def _withhold(h: Header, facts: list[dict]):
+    """Leave out of the image types what names somebody: vendors have values of their own there, so the standard cannot tell."""
+    for some in facts:
+        if some.get("type") and not _COMMON.issuperset(some["type"]):
+            some["type"] = list(_withheld(_owner(h), tuple(some["type"])))
+
+
+def _owner(h: Header) -> tuple[tuple[int, bytes], ...]:
+    return tuple((t, h.elements[t].value) for t in _OWNER if t in h.elements and isinstance(h.elements[t].value, bytes))
+
+
+@functools.lru_cache(1024)
+def _withheld(owner: tuple[tuple[int, bytes], ...], values: tuple[str, ...]) -> tuple[str, ...]:
+    dataset = pydicom.Dataset()
+    for tag, value in owner:
+        dataset[tag] = RawDataElement(Tag(tag), pydicom.datadict.dictionary_VR(tag), len(value), value, 0, False, True)
+    try:
+        known = identifiers.Identifiers(dataset)
+    except Refused:
+        return tuple(v if v in _COMMON else "" for v in values)
+    return tuple("" if known.found_in(v) else v for v in values)
+
+
 def _scanner(h: Header) -> str | None:
-    """Manufacturer and model, which identify nobody by PS3.15 Table E.1-1; None when they hold a word of the patient's."""
+    """Manufacturer and model, which identify nobody by PS3.15 Table E.1-1; None when they hold what names somebody."""
     found = re.sub(r"[^ -~]", "", f"{h.plain('Manufacturer')} {h.plain('ManufacturerModelName')}")
     words = " ".join(found.split())[:64].strip()
-    patient = re.findall(r"\w{3,}", f"{h.plain('PatientName')} {h.plain('PatientID')}".casefold())
-    return None if not words or any(w in words.casefold() for w in patient) else words
+    return _withheld(_owner(h), (words,))[0] or None if words else None
 
 
 def _b_value(h: Header) -> float | None:

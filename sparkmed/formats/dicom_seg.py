@@ -18,10 +18,10 @@ from pydicom.valuerep import DA, TM
 import sparkmed
 from sparkmed import storage
 from sparkmed.config import Segment
-from sparkmed.formats import archive, dicom
-from sparkmed.formats.header import code
+from sparkmed.formats import archive, dicom, identifiers, segmentation
+from sparkmed.formats.header import code, uid
 from sparkmed.formats.instance import VolumeHeader, check_size
-from sparkmed.formats.segmentation import Canvas, Plane, legible, numbered
+from sparkmed.formats.segmentation import Canvas, Legible, Plane, numbered
 from sparkmed.imaging import geometry
 from sparkmed.imaging.geometry import Grid
 from sparkmed.imaging.volume import Volume
@@ -29,7 +29,7 @@ from sparkmed.rejection import InputError, Refused
 
 MANUFACTURER = "sparkmed"
 _FACT_TAGS = (
-    "Manufacturer PatientName PatientID Rows Columns FrameOfReferenceUID SegmentSequence "
+    "Manufacturer Rows Columns FrameOfReferenceUID SegmentSequence "
     "ReferencedSeriesSequence StudiesContainingOtherReferencedInstancesSequence "
     "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 ).split()
@@ -39,10 +39,10 @@ def read_facts(stream) -> dict[str, Any]:
     """Facts of a SEG for its :class:`Instance`: ``segments`` (number, label, codes of category and property type), ``references``
     (pairs of SeriesInstanceUID and FrameOfReferenceUID), ``size`` (columns, rows), ``planes`` (position, orientation and spacing of
     its outermost frames), ``content`` (digest of its pixels as stored), ``predicted`` when :func:`write` made it. Names as
-    :func:`~segmentation.legible` has them. Raises ``BAD_VALUE``, ``NO_PIXEL_DATA``."""
+    :class:`~segmentation.Legible` has them. Raises ``BAD_VALUE``, ``NO_PIXEL_DATA``."""
     with dicom._quiet():
         stream, _ = dicom._inflated(stream)
-        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_FACT_TAGS, force=True)
+        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=[*_FACT_TAGS, *identifiers.OF_AN_OBJECT], force=True)
         start, element = stream.tell(), dicom._pixel_element(stream.read(12), *ds.original_encoding)
         if element is None:
             raise Refused("NO_PIXEL_DATA", "a SEG without pixel data")
@@ -51,12 +51,13 @@ def read_facts(stream) -> dict[str, Any]:
         while left and (piece := stream.read(min(left, 1 << 20))):
             content.update(piece)
             left -= len(piece)
+        legible = Legible(ds)
         segments = [
             {
                 "number": int(s.SegmentNumber),
-                "label": legible(s.get("SegmentLabel"), ds),
-                "category": _codes(s, "SegmentedPropertyCategoryCodeSequence", ds),
-                "property": _codes(s, "SegmentedPropertyTypeCodeSequence", ds),
+                "label": legible(s.get("SegmentLabel")),
+                "category": _codes(s, "SegmentedPropertyCategoryCodeSequence", legible),
+                "property": _codes(s, "SegmentedPropertyTypeCodeSequence", legible),
             }
             for s in ds.get("SegmentSequence") or []
             if s.get("SegmentNumber")  # the background of a label map
@@ -64,7 +65,7 @@ def read_facts(stream) -> dict[str, Any]:
         series = list(ds.get("ReferencedSeriesSequence") or [])
         for study in ds.get("StudiesContainingOtherReferencedInstancesSequence") or []:
             series += study.get("ReferencedSeriesSequence") or []
-        uids = {code(s.get("SeriesInstanceUID")) for s in series} - {""}
+        uids = {uid(s.get("SeriesInstanceUID")) for s in series} - {""}
         planes = [p for _, p in _frames(ds) if p is not None]
         if planes:
             normal = np.cross(planes[0][3:6], planes[0][6:9])
@@ -72,7 +73,7 @@ def read_facts(stream) -> dict[str, Any]:
             planes = [planes[int(np.argmin(along))], planes[int(np.argmax(along))]]
         return {
             "segments": numbered(segments),
-            "references": sorted((uid, code(ds.get("FrameOfReferenceUID"))) for uid in uids),
+            "references": sorted((series, uid(ds.get("FrameOfReferenceUID"))) for series in uids),
             "size": [_needed(ds, "Columns"), _needed(ds, "Rows")],
             "planes": planes,
             "predicted": ds.get("Manufacturer") == MANUFACTURER or None,
@@ -88,11 +89,11 @@ def _needed(ds: Dataset, keyword: str) -> int:
     return int(value)
 
 
-def _codes(segment: Dataset, keyword: str, ds: Dataset) -> list[str] | None:
+def _codes(segment: Dataset, keyword: str, legible: Legible) -> list[str] | None:
     """(value, scheme, meaning) of a code."""
     for item in segment.get(keyword) or []:
         value = item.get("CodeValue") or item.get("LongCodeValue") or item.get("URNCodeValue")
-        return [legible(value, ds), code(item.get("CodingSchemeDesignator")), legible(item.get("CodeMeaning"), ds)]
+        return [legible(value), legible(code(item.get("CodingSchemeDesignator"))), legible(item.get("CodeMeaning"))]
     return None
 
 
@@ -210,7 +211,8 @@ def read(url: str, image: VolumeHeader) -> Volume:
     of their numbers. Raises :class:`Refused` as :func:`read_array`."""
     data = storage.read_bytes(url)
     grid = Grid(image.affine, image.shape[1:])
-    array = read_array(data, read_facts(io.BytesIO(data)), grid)
+    array = read_array(data, read_facts(io.BytesIO(data)), segmentation.acquired(image.facts, grid))
+    array = segmentation.regular(array, image.facts, grid)
     return Volume(array, grid.affine, modality="SEG", sources=(storage.absolute(url),))
 
 
@@ -229,6 +231,8 @@ def require_source(source: VolumeHeader):
         raise Refused("SEG_SOURCE", f"a DICOM SEG refers to a DICOM series, this image is {source.format}")
     if source.shape[0] != 1:
         raise Refused("SEG_SOURCE", f"a DICOM SEG is of an image of one channel, this has {source.shape[0]} (colours or times)")
+    if any("mosaic" in one for one in source.facts["pixels"]):
+        raise Refused("SEG_SOURCE", "a DICOM SEG cannot lie on the slices of a Siemens mosaic, which are no frames of it")
     if not source.series_uid:
         raise Refused("SEG_SOURCE", "the source has no SeriesInstanceUID that a SEG could refer to")
 
@@ -253,7 +257,8 @@ def write(
     and the source: writing it again gives the same bytes. Frames without a segment are left out, unless all are.
 
     An image that was resampled to a regular grid (``volumes.resample_tilt``, ``resample_spacing``) has its SEG on the slices as
-    they were acquired: each of their voxels takes the nearest of ``labels``, so reading it back is not voxel for voxel. A series
+    they were acquired: each of their voxels takes the nearest of ``labels``. Reading it back gives for a tilted gantry ``labels``,
+    but for the corners of the regular grid that no slice has; for uneven spacing each plane that of the nearest slice. A series
     without FrameOfReferenceUID, as some anonymisers leave it, gets one in its SEG that is a function of its SeriesInstanceUID.
     Texts are written in UTF-8; dates, times and a sex that DICOM does not know are left out.
 
@@ -268,31 +273,15 @@ def write(
         raise InputError(f"labels reach {labels.array.max()}, but {len(segments)} segments are described")
     # a copy, for highdicom 0.28 scales what it is given in place
     array = labels.array.astype(np.uint8 if len(segments) < 256 else np.uint16)
-    array = _on_slices(array, source)[0].transpose(2, 1, 0)
+    array = segmentation.sliced(array, source.facts, grid)[0].transpose(2, 1, 0)
     if seg_type == "FRACTIONAL" and probabilities is not None:
         if probabilities.array.shape != (1 + len(segments), *labels.spatial_shape):
             raise InputError(f"probabilities of shape {probabilities.array.shape} for {len(segments)} segments and a background")
-        array = _on_slices(np.clip(probabilities.array[1:], 0, 1), source).transpose(3, 2, 1, 0)
+        array = segmentation.sliced(np.clip(probabilities.array[1:], 0, 1), source.facts, grid).transpose(3, 2, 1, 0)
     images = _headers(source)
     frames = _own_frames(source) if _frame_count(images[0]) > 1 else None
     storage.write_bytes(url, _encoded(images, frames, array, segments, seg_type, identity, model, version))
     return derived_uid(identity, "instance")
-
-
-def _on_slices(array: np.ndarray, source: VolumeHeader) -> np.ndarray:
-    """(C, I, J, K) on the grid of ``source`` as it lies on its slices, nearest neighbour: what series.straightened did, undone."""
-    stacked = source.facts.get("stacked")
-    if not stacked:
-        return array
-    if "places" in stacked:
-        return array[..., np.clip(np.rint(stacked["places"]).astype(int), 0, array.shape[3] - 1)]
-    _, columns, rows, slices = stacked["shape"]
-    to_grid = np.linalg.inv(np.reshape(source.affine, (4, 4))) @ np.reshape(stacked["affine"], (4, 4))
-    out = np.empty((len(array), columns, rows, slices), array.dtype)
-    for k in range(slices):  # columns and rows keep their size and direction
-        i, j = np.clip(np.rint((to_grid @ [0, 0, k, 1])[:2]).astype(int), 0, np.subtract(array.shape[1:3], (columns, rows)))
-        out[..., k] = array[:, i : i + columns, j : j + rows, k]
-    return out
 
 
 def _headers(source: VolumeHeader) -> list[Dataset]:

@@ -33,7 +33,7 @@ _GROUPS = {
         "intercept": lambda i: i.number("RescaleIntercept"),
     },
     "FrameContentSequence": {
-        "stack": lambda i: i.text("StackID") or None,
+        "stack": lambda i: i.mark("StackID"),
         "temporal": lambda i: i.integer("TemporalPositionIndex"),
         "acquisition": lambda i: i.integer("FrameAcquisitionNumber"),
         "index": lambda i: i.integers("DimensionIndexValues"),

@@ -12,7 +12,25 @@ from pydicom.sequence import Sequence
 from sparkmed.rejection import Refused
 
 _CODE = re.compile(r"^[A-Za-z0-9_ .-]{1,64}$")
+_UID = re.compile(r"^[0-9.]{1,64}$")
 _BINARY = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FD": "d", "FL": "f"}
+TERMS = {
+    "Modality": "AR AS ASMT AU BDUS BI BMD CD CF CFM CP CR CS CT CTPROTOCOL DD DF DG DM DMS DOC DS DX EC ECG EEG EMG EOG EPS ES FA "
+    "FID FS GM HC HD IO IOL IVOCT IVUS KER KO LEN LP LS M3D MA MG MR MS NM OAM OCT OP OPM OPMREF OPR OPT OPTBSV OPTENF OPV OSS OT "
+    "PA PLAN POS PR PT PX REG RESP RF RG RTDOSE RTIMAGE RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF ST "
+    "STAIN TEXTUREMAP TG US VA VF XA XAPROTOCOL XC",
+    "PhotometricInterpretation": "MONOCHROME1 MONOCHROME2 RGB HSV ARGB CMYK YBR_FULL YBR_FULL_422 YBR_PARTIAL_422 YBR_PARTIAL_420 "
+    "YBR_ICT YBR_RCT XYB",
+    "ComplexImageComponent": "MAGNITUDE PHASE REAL IMAGINARY MIXED",
+    "Units": "CNTS NONE CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS PROPCPS MLMINML MLML GML STDDEV",
+    "SUVType": "BSA BW LBM LBMJAMES128 LBMJANMA IBW",
+    "DecayCorrection": "NONE START ADMIN",
+    "BurnedInAnnotation": "YES NO",
+}
+TERMS = {keyword: frozenset(terms.split()) for keyword, terms in TERMS.items()}
+"""Defined terms of the standard by element (PS3.3), retired ones included; a value that is none of them is not shown, for whatever
+somebody wrote there may be a name."""
+TERMS["PhotometricInterpretation"] |= {"PALETTE COLOR"}
 tag = functools.cache(tag_for_keyword)
 
 
@@ -22,9 +40,15 @@ def _dictionary_vr(keyword: str) -> str:
 
 
 def code(value) -> str:
-    """A code string or UID; anything that does not look like one is left out."""
+    """A code string; anything that does not look like one is left out."""
     text = str(value or "").strip(" \0")
     return text if _CODE.match(text) else ""
+
+
+def uid(value) -> str:
+    """A UID; one that is none by its form becomes a digest, so that two of them stay two, and "" when there is none."""
+    text = str(value or "").strip(" \0")
+    return text if not text or _UID.match(text) else f"not-a-uid-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 class Header:
@@ -55,20 +79,26 @@ class Header:
         return element.value, element.VR
 
     def texts(self, keyword: str) -> list[str]:
-        """Code strings and UIDs; what does not look like one is left empty."""
+        """Code strings; what does not look like one is left empty, what is none of :data:`TERMS` is "?"."""
         value, _ = self._value(keyword)
         found = [t.strip(" \0") for t in value[:4096].decode("latin-1").split("\\")]
-        return [t if _CODE.match(t) else "" for t in found] if value else []
+        terms = TERMS.get(keyword)
+        if terms:
+            found = [t if not t or t in terms else "?" for t in found]
+        return [t if _CODE.match(t) or t == "?" else "" for t in found] if value else []
 
     def text(self, keyword: str) -> str:
         return (self.texts(keyword) or [""])[0]
 
     def uid(self, keyword: str) -> str:
-        """A UID; one that is none by its form becomes a digest, so that two of them stay two."""
-        value, _ = self._value(keyword)
-        raw = value.strip(b" \0")
-        text = raw.decode("latin-1")
-        return text if not raw or _CODE.match(text) else f"not-a-uid-{hashlib.sha256(raw).hexdigest()[:32]}"
+        """As :func:`uid`."""
+        return uid(self._value(keyword)[0].decode("latin-1"))
+
+    def mark(self, keyword: str) -> str | None:
+        """What tells groups apart: a number of at most four digits, else a digest of whatever is there."""
+        text = self._value(keyword)[0].decode("latin-1").strip(" \0")
+        plain = len(text) <= 4 and text.isdigit() and text.isascii()
+        return text if plain else f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if text else None
 
     def plain(self, keyword: str) -> str:
         """A value of printable characters as it is: dates and times."""

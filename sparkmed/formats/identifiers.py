@@ -1,10 +1,13 @@
 """What tells who somebody is: collected from a DICOM data set before it is de-identified, looked for in what comes out.
 
-A name counts whole and by each of its words of four letters or more (two in scripts other than Latin), wherever it stands. Texts
-are compared as texts, each decoded by the character set of its own data set: without regard to case, accents, ae for a-umlaut and,
-from six letters on, to what stands between the letters. Identifiers, institutions and addresses count whole from four characters
-on; one of four or five digits only where no other digit touches it, since such numbers are in every header. Numbers count by their
-value, dates as eight digits in any usual order, UIDs as they are.
+A name counts whole and by each of its words of four letters or more (two in scripts other than Latin), wherever it stands; one of
+three letters in several words counts whole and as words of their own; a single word of less, such as Li, does not count, since it
+is in every text. Texts are compared as texts, each decoded by the character set of its own data set (a name also as UTF-8 where its
+bytes are that): without regard to case, accents, ae for a-umlaut and, from six letters on, to what stands between the letters.
+Identifiers, institutions and addresses count whole from four characters on; one of four or five digits only where no other digit
+touches it, since such numbers are in every header; from seven digits on whatever stands between them. Numbers count by their value,
+dates in any usual order of day, month (a number or a name) and year; of a birth date also with two digits of the year. UIDs count
+as they are. What spells a name in another script or with letters that look alike is not found.
 """
 
 import contextlib
@@ -16,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pydicom import Dataset
 from pydicom.charset import convert_encodings, decode_bytes, python_encoding
 from pydicom.config import strict_reading
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import DicomDictionary, tag_for_keyword
 from pydicom.multival import MultiValue
 from pydicom.uid import UID
 from pydicom.valuerep import IS, TEXT_VR_DELIMS, DSfloat
@@ -30,6 +33,19 @@ DATE = re.compile(r"^(\d{4})\.?(\d{2})\.?(\d{2})$")
 DATETIME = re.compile(r"^(\d{4})(\d{2})(\d{2})(\d{2}(?:\d{2}(?:\d{2}(?:\.\d{1,6})?)?)?(?:[+-]\d{4})?)?$")
 TIME = re.compile(r"^\d{2}(?::?\d{2}(?::?\d{2}(?:\.\d{1,6})?)?)?$")
 NUMBER = re.compile(r"^[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?$")
+_WRITTEN = re.compile(
+    r"(?=(?<![a-z0-9])(\d{1,4}|[a-z]{3,9})[^a-z0-9\0]{1,3}(\d{1,2}|[a-z]{3,9})[^a-z0-9\0]{1,3}(\d{4}|\d{1,2})(?![a-z0-9]))"
+)
+"""Day, month and year with something between them."""
+_MONTHS = {
+    month: n % 12 + 1
+    for n, month in enumerate(
+        "jan feb mar apr may jun jul aug sep oct nov dec "
+        "jan feb mrz apr mai jun jul aug sep okt nov dez "
+        "ene fev mar abr mai juin juil aou sept out nov dic".split()
+    )
+}
+_BETWEEN_DIGITS = b"\0-./: "
 _DOTTED = re.compile(r"(?<![0-9])[0-9]++(?:\.[0-9]++)+")
 _MOST = 10_000
 """Spellings that are looked for in one object; one with more is refused, since that would take hours."""
@@ -63,6 +79,30 @@ _IDENTIFIERS = frozenset(
         "UniqueDeviceIdentifier TreatmentMachineName RadiationMachineName CameraOwnerName XRayDetectorID XRaySourceID"
     ).split()
 )
+_NAMES = frozenset(tag for tag, (vr, *_) in DicomDictionary.items() if vr == "PN")
+OF_AN_OBJECT = sorted(
+    _IDENTIFIERS
+    | _NAMES
+    | {
+        tag_for_keyword(k)
+        for k in (
+            "SpecificCharacterSet PatientBirthDate OtherPatientIDsSequence RequestAttributesSequence "
+            "ReferringPhysicianIdentificationSequence PerformingPhysicianIdentificationSequence OperatorIdentificationSequence "
+            "PhysiciansOfRecordIdentificationSequence ConsultingPhysicianIdentificationSequence AuthorObserverSequence "
+            "ContributingEquipmentSequence"
+        ).split()
+    }
+)
+"""Tags of the elements at the top of an object that say whose it is and by whom, and of the sequences that do."""
+
+
+def of_an_object(dataset: Dataset) -> Dataset:
+    """The elements of :data:`OF_AN_OBJECT` alone, as they were read."""
+    found = Dataset()
+    for tag in OF_AN_OBJECT:
+        if tag in dataset:
+            found[tag] = dataset.get_item(tag)
+    return found
 
 
 def texts(dataset: Dataset, tag: int) -> list[str]:
@@ -147,6 +187,28 @@ def _forms(text: str) -> tuple[str, str, str]:
     return folded, reduced, re.sub(r"[^\w\0]|_", "", reduced)
 
 
+def _folded(text: str) -> str:
+    return _forms(text)[0]
+
+
+def _is_foreign(text: str) -> bool:
+    """Of a script other than Latin, where two characters are a name."""
+    text = unicodedata.normalize("NFKC", text)
+    return any(map(str.isalpha, text)) and not re.search("[a-zA-Z\x80-\u024f]", text)
+
+
+def _dates(first: str, second: str, last: str) -> Iterator[tuple[int, int, int]]:
+    """(year, month, day) that three parts of a text may be.
+
+    >>> list(_dates("5", "mar", "1962"))
+    [(5, 3, 1962), (1962, 3, 5)]
+    """
+    for year, month, day in ((first, second, last), (last, second, first), (last, first, second)):
+        number = int(month) if month.isdigit() else _MONTHS.get(month[:3]) or _MONTHS.get(month[:4])
+        if number and year.isdigit() and day.isdigit():
+            yield int(year), number, int(day)
+
+
 class Identifiers:
     """What identifies somebody in one data set. Never shown, never stored; a hit is reported by the tags alone."""
 
@@ -158,6 +220,9 @@ class Identifiers:
         self._texts: tuple[dict[str, int], ...] = ({}, {}, {})
         self._bytes: dict[bytes, int] = {}
         self._numbers: dict[str, int] = {}
+        self._dates: dict[tuple[int, int, int], int] = {}
+        self._born: dict[str, int] = {}
+        self._phrases: dict[str, int] = {}
         self._uids: dict[str, int] = {}
         for part, tag, vr, codecs in leaves(dataset):
             vrs = {vr, confidentiality.dictionary_vr(tag)}
@@ -176,6 +241,11 @@ class Identifiers:
                     if match:
                         year, month, day = match.groups()
                         self._numbers |= dict.fromkeys((year + month + day, day + month + year, month + day + year), tag)
+                        self._dates[int(year), int(month), int(day)] = tag
+                        if tag == 0x00100030:
+                            short = year[2:]
+                            self._dates[int(short), int(month), int(day)] = tag
+                            self._born |= dict.fromkeys((short + month + day, day + month + short, month + day + short), tag)
 
     def __repr__(self):
         return f"Identifiers({len(self._texts[0]) + len(self._numbers) + len(self._uids)})"
@@ -195,12 +265,15 @@ class Identifiers:
     def _add_name(self, text: str, tag: int, codecs: list[str]):
         for group in text.split("="):  # alphabetic, ideographic, phonetic
             words = [w for w in re.split(r"[\^\s,.;:/()_\-]+", group) if w]
-            if len("".join(words)) >= 4:
+            joined = "".join(words)
+            if len(words) > 1 and len(joined) == 3 and not _is_foreign(joined):
+                self._phrases |= {r"[\W_]+".join(map(re.escape, map(_folded, w))): tag for w in (words, words[1::-1])}
+            if len(joined) >= 4 or (len(joined) >= 2 and _is_foreign(joined)):
                 for joint in ("^", " ", ", ", ""):
                     self._add(joint.join(words), tag, codecs)
                     self._add(joint.join(words[1::-1]), tag, codecs) if len(words) > 1 else None
             for word in words:
-                if len(word) >= 4 or (len(word) >= 2 and not word.isascii() and not re.search("[a-zA-Z\x80-\u024f]", word)):
+                if len(word) >= 4 or (len(word) >= 2 and _is_foreign(word)):
                     self._add(word, tag, codecs)
 
     def _add(self, text: str, tag: int, codecs: list[str]):
@@ -215,7 +288,7 @@ class Identifiers:
             if len(form) >= shortest:
                 known[form] = tag
         for spelling in {text, text.lower(), text.upper()}:
-            for encoding in {"utf-8", "latin-1", "utf-16-le", *codecs}:
+            for encoding in {"utf-8", "latin-1", "utf-16-le", "utf-16-be", *codecs}:
                 try:
                     self._bytes[spelling.encode(encoding).lower()] = tag
                 except UnicodeEncodeError:
@@ -230,10 +303,20 @@ class Identifiers:
                     return tag
         folded, _, squeezed = forms
         for number, tag in self._numbers.items():
-            if len(number) >= 8 and number in squeezed:
+            if len(number) >= 7 and number in squeezed:
                 return tag
             if number in folded and (len(number) >= 6 or re.search(rf"(?<![0-9])(?<![0-9]\.){number}(?!\.?[0-9])", folded)):
                 return tag
+        for short, tag in self._born.items():
+            if short in folded and re.search(rf"(?<![0-9]){short}(?![0-9])", folded):
+                return tag
+        for phrase, tag in self._phrases.items():
+            if re.search(rf"(?<![^\W_]){phrase}(?![^\W_])", folded):
+                return tag
+        for match in _WRITTEN.finditer(folded) if self._dates else ():
+            found = next((d for d in _dates(*match.groups()) if d in self._dates), None)
+            if found:
+                return self._dates[found]
         if self._uids:
             for match in _DOTTED.finditer(folded):
                 parts = match[0].split(".")  # a series' UID is often its study's with more behind it
@@ -252,7 +335,8 @@ class Identifiers:
         for part, tag in (*self._bytes.items(), *digits, *uids):
             if len(part) >= shortest and part in low:
                 return tag
-        return None
+        bare = value.translate(None, _BETWEEN_DIGITS)
+        return next((tag for n, tag in self._numbers.items() if len(n) >= 8 and n.encode() in bare), None)
 
     def has_number(self, text: str) -> int | None:
         """The tag whose value is this number of six digits or more, however it is written."""
@@ -267,6 +351,9 @@ def _readings(dataset: Dataset, tag: int, codecs: list[str]) -> list[str]:
     if not isinstance(value, bytes):
         return texts(dataset, tag)
     found = []
+    if not value.isascii():  # declared as another character set, and yet UTF-8
+        with contextlib.suppress(UnicodeError):
+            found.append(value.decode())
     try:
         found.append(decoded(dataset, tag, codecs))
     except UnicodeError:

@@ -29,9 +29,19 @@ _PADDING = re.compile(rb"\0*|\xff")
 _MARKER = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
 """A marker behind entropy-coded bytes, of JPEG, where 00 follows an FF, and of JPEG-LS, where less than 80 does."""
 _FRAMES = frozenset({*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7})
-_TABLES = frozenset({0xC4, 0xCC, 0xDA, 0xDB, 0xDD, 0xF8})
-_KNOWN_SEGMENTS = ((0xE0, b"JFIF\0", 16), (0xEE, b"Adobe", 12), (0xEE, b"Adobe", 14), (0xE8, b"mrfx", 7), (0xE8, b"SPIFF\0", 32))
-"""Application segments (marker, beginning, length) that hold a few numbers about colours and resolution, and no picture."""
+_KNOWN_SEGMENTS = (
+    (0xE0, re.compile(rb"JFIF\0.{7}\0\0", re.DOTALL)),  # no thumbnail
+    (0xEE, re.compile(rb"Adobe(\0[\x64\x65]|[\x64\x65]\0|)[\0-\x03\x40\x80\xc0]{3,5}", re.DOTALL)),
+    (0xE8, re.compile(rb"mrfx.", re.DOTALL)),
+    (0xE8, re.compile(rb"SPIFF\0.{24}", re.DOTALL)),
+    (0xE8, re.compile(rb"\0\0\0\x01\xff\xd8")),  # the end of SPIFF's directory
+)
+"""Application segments that hold a few numbers about colours and resolution, and no picture."""
+_ENCODERS = re.compile(
+    r"Created by (GDCM/)?OpenJPEG version [\d.]+|Creator: JasPer Version [\d.]+|Kakadu-(vs?)?[\d.]+|OpenJPH Ver [\d.]+"
+    r"|Kdu-Layer-Info: log_2\{Delta-D\(squared-error\)/Delta-L\(bytes\)\}, L\(bytes\)\n[\d\s.,e+-]*"
+)
+"""Comments that encoders of JPEG 2000 write."""
 
 
 def element(dataset: Dataset) -> str | None:
@@ -172,6 +182,7 @@ def _codestream(frame: bytes, syntax: str) -> tuple[tuple[int, int, int], int, l
 def _jpeg(frame: bytes):
     """JPEG and JPEG-LS (ISO/IEC 10918-1 B, 14495-1 C)."""
     shape, precision, at = None, 0, 2
+    tables = _Tables()
     if frame[:2] != b"\xff\xd8":
         raise Refused("HIDDEN_BYTES", "a fragment that does not begin as JPEG")
     while True:
@@ -181,19 +192,101 @@ def _jpeg(frame: bytes):
             return shape, precision, [], None
         marker = frame[at + 1]
         if marker == 0xD9:
+            tables.require_used()
             return shape, precision, [], at + 2
         length = _number(frame, at + 2, 2)
         segment = frame[at + 4 : at + 2 + length]
-        if marker in _FRAMES and shape is None:
+        if marker in _FRAMES and shape is None and len(segment) >= 6 and len(segment) == 6 + 3 * segment[5]:
             precision, shape = segment[0], (_number(segment, 1, 2), _number(segment, 3, 2), segment[5])
-        elif marker not in _TABLES and not any(
-            marker == known and segment.startswith(start) and length == size for known, start, size in _KNOWN_SEGMENTS
-        ):
+            tables.frame(marker, segment)
+        elif marker in _READERS:
+            if not _READERS[marker](tables, segment):
+                raise Refused("HIDDEN_BYTES", f"a JPEG segment that is not what its marker says (marker {marker:02X})")
+        elif not any(marker == known and form.fullmatch(segment) for known, form in _KNOWN_SEGMENTS):
             raise Refused("HIDDEN_BYTES", f"a JPEG comment or application segment (marker {marker:02X})")
         at += 2 + length
         if marker == 0xDA:
             following = _MARKER.search(frame, at)
             at = following.end() - 2 if following else len(frame)
+
+
+class _Tables:
+    """The tables of a JPEG codestream, each of which a frame or a scan must use, and the segments that hold them.
+
+    What an encoder has no reason to write, somebody may have written a text in. Each reader tells whether a segment is as
+    ISO/IEC 10918-1 B.2 (14495-1 C.2 for JPEG-LS) has it.
+    """
+
+    def __init__(self):
+        self.unused: dict[tuple[str, int], bytes] = {}
+        self.quantizers: list[int] = []
+        self.kind = 0
+
+    def require_used(self):
+        if self.unused:
+            raise Refused("HIDDEN_BYTES", f"{len(self.unused)} tables of a JPEG codestream that nothing uses")
+
+    def _define(self, name: str, number: int, content: bytes) -> bool:
+        if self.unused.setdefault((name, number), content) != content:  # replaced before anything used it
+            return False
+        return number < 4
+
+    def frame(self, marker: int, segment: bytes):
+        self.kind, self.quantizers = marker, [segment[n] for n in range(8, len(segment), 3)]
+
+    def quantization(self, segment: bytes) -> bool:
+        while segment:
+            wide, number = divmod(segment[0], 16)
+            size = 1 + 64 * (1 + wide)
+            if wide > 1 or len(segment) < size or not self._define("quantization", number, segment[1:size]):
+                return False
+            segment = segment[size:]
+        return True
+
+    def huffman(self, segment: bytes) -> bool:
+        while segment:
+            alternating, number = divmod(segment[0], 16)
+            counts = segment[1:17]
+            size = 17 + sum(counts)
+            codes, values = sum(n << (16 - bits) for bits, n in enumerate(counts, start=1)), segment[17:size]
+            if alternating > 1 or len(segment) < size or codes > 1 << 16 or len(set(values)) < len(values):
+                return False
+            if not alternating and max(values, default=0) > 16 or not self._define("AC" if alternating else "DC", number, values):
+                return False
+            segment = segment[size:]
+        return True
+
+    def arithmetic(self, segment: bytes) -> bool:
+        return len(segment) in (2, 4, 6, 8, 10, 12, 14, 16) and all(n & 0xEF < 4 for n in segment[::2])
+
+    def interval(self, segment: bytes) -> bool:
+        return len(segment) == 2
+
+    def scan(self, segment: bytes) -> bool:
+        if not segment or len(segment) != 4 + 2 * segment[0]:
+            return False
+        for dc, ac in (divmod(n, 16) for n in segment[2 : 2 + 2 * segment[0] : 2]):
+            self.unused.pop(("DC", dc), None)
+            self.unused.pop(("AC", ac), None)
+        for number in self.quantizers:
+            self.unused.pop(("quantization", number), None)
+        return True
+
+    def parameters(self, segment: bytes) -> bool:
+        if len(segment) != 11 or segment[0] != 1:
+            return False
+        largest, *thresholds = (_number(segment, n, 2) for n in range(1, 9, 2))
+        return sorted(thresholds) == thresholds and thresholds[-1] <= (largest or 0xFFFF)
+
+
+_READERS = {
+    0xC4: _Tables.huffman,
+    0xCC: _Tables.arithmetic,
+    0xDA: _Tables.scan,
+    0xDB: _Tables.quantization,
+    0xDD: _Tables.interval,
+    0xF8: _Tables.parameters,
+}
 
 
 def _jpeg_2000(frame: bytes):
@@ -202,23 +295,97 @@ def _jpeg_2000(frame: bytes):
         raise Refused("HIDDEN_BYTES", "a fragment that is no bare codestream of JPEG 2000")
     width, height, left, top = (_number(frame, 8 + 4 * n, 4) for n in range(4))
     samples, precision = _number(frame, 40, 2), (frame[42] & 0x7F) + 1
-    shape, comments, at = (height - top, width - left, samples), [], 2
+    shape, comments, at, tiles, listed = (height - top, width - left, samples), [], 2, [], b""
     while True:
         marker = frame[at : at + 2]
         if marker == b"\xff\xd9":
+            if listed and listed not in (b"".join(p + n for p, n in tiles), b"".join(n for _, n in tiles)):
+                raise Refused("HIDDEN_BYTES", "a list of tiles in a codestream that is not that of its tiles")
             return shape, precision, comments, at + 2
         if at + 12 > len(frame) or marker[0] != 0xFF:
             return shape, precision, comments, None
-        length = _number(frame, at + 2, 2)
-        if marker == b"\xff\x64":
-            comments.append(frame[at + 6 : at + 2 + length])
         if marker == b"\xff\x90":
-            length = _number(frame, at + 6, 4) - 2  # the whole part of a tile
-            if length == -2:  # the last one, up to the end of the codestream
-                return shape, precision, comments, frame.rfind(b"\xff\xd9") + 2 or None
-        if length < 2:
-            return shape, precision, comments, None
-        at += 2 + length
+            whole = _number(frame, at + 6, 4)
+            end = at + whole if whole else frame.rfind(b"\xff\xd9")  # 0: the last one, up to the end of the codestream
+            if _number(frame, at + 2, 2) != 10 or end <= at + 12:
+                return shape, precision, comments, None
+            comments += _tile(frame[at + 12 : end], samples)
+            tiles.append((frame[at + 4 : at + 6], (end - at).to_bytes(4, "big")))
+            at = end
+            continue
+        segment = frame[at + 4 : at + 2 + _number(frame, at + 2, 2)]
+        if marker[1] == 0x55 and not tiles:
+            listed += _listed(segment)
+        else:
+            _require_known(marker[1], segment, samples, comments)
+        at += 4 + len(segment)
+
+
+def _require_known(marker: int, segment: bytes, samples: int, comments: list[bytes]):
+    """Raise ``HIDDEN_BYTES`` unless a segment is one of the standard's that decoding takes, as long as the standard has it, or a
+    comment of an encoder, which goes into ``comments``."""
+    size, wide = len(segment), 1 + (samples > 256)
+    if marker == 0x64:
+        text = segment[2:].rstrip(b"\0 .\n").decode("latin-1")
+        if segment[:2] != b"\0\1" or not _ENCODERS.fullmatch(text):
+            raise Refused("HIDDEN_BYTES", "a comment in a JPEG 2000 codestream that no known encoder writes")
+        comments.append(segment[2:])
+        return
+    if marker == 0x51:
+        fits = size == 36 + 3 * samples
+    elif marker == 0x50:
+        fits = size >= 4 and size == 4 + 2 * int.from_bytes(segment[:4], "big").bit_count()
+    elif marker == 0x52:
+        fits = size >= 10 and size == 10 + (segment[0] & 1) * (segment[5] + 1)
+    elif marker == 0x53:
+        fits = size >= 6 + wide and size == 6 + wide + (segment[wide] & 1) * (segment[wide + 1] + 1)
+    elif marker in (0x5C, 0x5D):
+        values = segment[wide:] if marker == 0x5D else segment
+        steps, style = len(values) - 1, values[0] & 0x1F if values else 3
+        fits = steps == 2 if style == 1 else style in (0, 2) and steps % (style or 1) == 0 and steps // (style or 1) % 3 == 1
+        fits = fits and steps <= 97 * (style or 1)
+    elif marker == 0x5E:
+        fits = size == 2 + wide
+    else:
+        fits = marker == 0x5F and size > 0 and size % (5 + 2 * wide) == 0
+    if not fits:
+        raise Refused(
+            "HIDDEN_BYTES", f"a JPEG 2000 segment that decoding does not take, or of another length (marker {marker:02X})"
+        )
+
+
+def _listed(segment: bytes) -> bytes:
+    """Entries of a TLM segment (ISO/IEC 15444-1 A.7.1): number of a tile in two bytes, or none, and length of its part in four."""
+    kind, entries = segment[1] if len(segment) > 1 else 0, segment[2:]
+    size = {0x40: 4, 0x50: 5, 0x60: 6}.get(kind, 0)
+    if size and len(entries) % size == 0:
+        return entries if size != 5 else b"".join(b"\0" + entries[n : n + 5] for n in range(0, len(entries), 5))
+    raise Refused("HIDDEN_BYTES", "a list of tiles in a codestream that is none")
+
+
+def _tile(part: bytes, samples: int) -> list[bytes]:
+    """The comments of a part of a tile behind its first segment, up to its end."""
+    comments, packets, at = [], b"", 0
+    while part[at : at + 2] != b"\xff\x93":
+        if part[at : at + 1] != b"\xff":
+            raise Refused("HIDDEN_BYTES", "a part of a tile without data")
+        segment = part[at + 4 : at + 2 + _number(part, at + 2, 2)]
+        if part[at + 1] == 0x58:
+            packets += segment[1:]
+        elif part[at + 1] == 0x51:
+            raise Refused("HIDDEN_BYTES", "a second header in a codestream")
+        else:
+            _require_known(part[at + 1], segment, samples, comments)
+        at += 4 + len(segment)
+    if packets:  # lengths of packets, seven bits to a byte (A.7.3)
+        total, value = 0, 0
+        for byte in packets:
+            value = value << 7 | byte & 0x7F
+            if byte < 0x80:
+                total, value = total + value, 0
+        if total != len(part) - at - 2:
+            raise Refused("HIDDEN_BYTES", "lengths of packets in a codestream that are not those of its packets")
+    return comments
 
 
 def _number(data: bytes, at: int, size: int) -> int:

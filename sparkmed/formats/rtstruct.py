@@ -9,29 +9,36 @@ from typing import Any
 import numpy as np
 import pydicom
 
-from sparkmed.formats import dicom
-from sparkmed.formats.header import code
-from sparkmed.formats.segmentation import Canvas, legible, numbered, tolerances
+from sparkmed.formats import dicom, identifiers
+from sparkmed.formats.header import uid
+from sparkmed.formats.segmentation import Canvas, Legible, index_of, numbered, tolerances
 from sparkmed.imaging import geometry
 from sparkmed.imaging.geometry import Grid
 from sparkmed.rejection import Refused
 
-_CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+_XOR = "CLOSEDPLANAR_XOR"
+_CLOSED = ("CLOSED_PLANAR", _XOR)
+_WITHOUT_INSIDE = ("POINT", "OPEN_PLANAR", "OPEN_NONPLANAR")
 _EDGES = 4096
 """Edges of a polygon that are looked at in one go: their crossings with all rows are held."""
 
 
 def read_facts(stream) -> dict[str, Any]:
-    """Facts of an RTSTRUCT for its :class:`Instance`: ``segments`` (number and label of each ROI), ``references`` (pairs of
-    SeriesInstanceUID and FrameOfReferenceUID), ``content`` (digest of its contours). Names as :func:`~segmentation.legible` has
-    them. Raises ``BAD_VALUE``."""
+    """Facts of an RTSTRUCT for its :class:`Instance`: ``segments`` (number, label and frame of reference of each ROI),
+    ``references`` (pairs of SeriesInstanceUID and FrameOfReferenceUID), ``content`` (digest of its contours). Names as
+    :class:`~segmentation.Legible` has them. Raises ``BAD_VALUE``."""
     with dicom._quiet():
         stream, _ = dicom._inflated(stream)
         tags = ["StructureSetROISequence", "ReferencedFrameOfReferenceSequence", "ROIContourSequence"]
-        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=[*tags, "PatientName", "PatientID"], force=True)
-        segments = [{"number": _number(r.get("ROINumber")), "label": legible(r.get("ROIName"), ds)} for r in ds.get(tags[0]) or []]
+        ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=[*tags, *identifiers.OF_AN_OBJECT], force=True)
+        legible = Legible(ds)
+        segments = [
+            {"number": _number(r.get("ROINumber")), "label": legible(r.get("ROIName"))}
+            | ({"frame": frame} if (frame := uid(r.get("ReferencedFrameOfReferenceUID"))) else {})
+            for r in ds.get(tags[0]) or []
+        ]
         references = [
-            (code(series.get("SeriesInstanceUID")), code(frame.get("FrameOfReferenceUID")))
+            (uid(series.get("SeriesInstanceUID")), uid(frame.get("FrameOfReferenceUID")))
             for frame in ds.get(tags[1]) or []
             for study in frame.get("RTReferencedStudySequence") or []
             for series in study.get("RTReferencedSeriesSequence") or []
@@ -53,8 +60,11 @@ def read_array(data: bytes, facts: Mapping[str, Any], grid: Grid) -> np.ndarray:
 
     A voxel is in a ROI when its centre is inside an odd number of its closed contours of that slice, so a contour inside another
     is a hole; a centre on an edge is inside at the lower ends of I and J only, so neighbours that share an edge share no voxel.
-    What reaches over the border of a slice is cut off. Points and open contours have no inside and are passed over. Raises
-    :class:`Refused` ``LABEL_GRID_MISMATCH`` with the distance in mm for a contour in no slice of the image, ``BAD_VALUE``.
+    For CLOSEDPLANAR_XOR the standard has it so (PS3.3 C.8.8.6.3). For CLOSED_PLANAR, whose holes it cuts by a keyhole, planning
+    systems write holes in the same way; there the same contour twice counts once, and contours that cross are refused, since
+    they are one area to the standard and a hole where they overlap to those systems. What reaches over the border of a slice is cut
+    off. Points and open contours have no inside and are passed over. Raises :class:`Refused` ``LABEL_GRID_MISMATCH`` with the
+    distance in mm for a contour in no slice of the image, ``BAD_VALUE``.
     """
     with dicom._quiet():
         stream, _ = dicom._inflated(io.BytesIO(data))
@@ -65,13 +75,39 @@ def read_array(data: bytes, facts: Mapping[str, Any], grid: Grid) -> np.ndarray:
             if not canvas.wants(number):
                 continue
             slices: dict[int, list[np.ndarray]] = defaultdict(list)
+            kinds = {_kind(contour) for contour in roi.get("ContourSequence") or []}
             for contour in roi.get("ContourSequence") or []:
-                if contour.get("ContourGeometricType") in _CLOSED:
+                if _kind(contour) in _CLOSED:
                     k, polygon = _in_slice(_points(contour), grid)
                     slices[k].append(polygon)
             for k, polygons in slices.items():
-                canvas.paint(number, (slice(None), slice(None), k), inside(polygons, grid.spatial_shape[:2]))
+                fill = inside if kinds & {*_CLOSED} == {_XOR} else _nested
+                canvas.paint(number, (slice(None), slice(None), k), fill(polygons, grid.spatial_shape[:2]))
         return canvas.finished()
+
+
+def _kind(contour) -> str:
+    kind = contour.get("ContourGeometricType")
+    if kind not in (*_CLOSED, *_WITHOUT_INSIDE):
+        raise Refused("BAD_VALUE", "ContourGeometricType of a contour is missing or none of the standard's")
+    return kind
+
+
+def _nested(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """:func:`inside` of polygons each of which lies within another or beside it; raises ``BAD_VALUE`` for two that cross. Those
+    with the same corners are one."""
+    own = list({np.sort(p.view([("i", float), ("j", float)]), axis=0).tobytes(): p for p in polygons}.values())
+    if len(own) == 1:
+        return inside(own, shape)
+    innermost, filled = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    masks = sorted((inside([p], shape) for p in own), key=np.count_nonzero, reverse=True)
+    for n, mask in enumerate(masks, start=1):
+        around = innermost[mask]
+        if around.size and (around != around[0]).any():
+            raise Refused("BAD_VALUE", "two CLOSED_PLANAR contours of one ROI cross, and nothing says what is inside")
+        innermost[mask] = n
+        filled ^= mask
+    return filled
 
 
 def _number(value) -> int | None:
@@ -95,13 +131,13 @@ def _points(contour) -> np.ndarray:
 
 def _in_slice(points: np.ndarray, grid: Grid) -> tuple[int, np.ndarray]:
     """The slice of a contour, and its (n, 2) corners in voxels along I and J."""
-    index = np.linalg.inv(grid.affine) @ geometry.lps_to_ras(np.vstack([points.T, np.ones(len(points))]))
+    index = index_of(geometry.lps_to_ras(np.vstack([points.T, np.ones(len(points))])), grid)
     k = int(np.rint(np.clip(np.median(index[2]), 0, grid.spatial_shape[2] - 1)))
     away = float(np.abs(index[2] - k).max()) * geometry.spacing(grid.affine)[2]
     limit = tolerances(grid)[2]
     if away > limit:
         raise Refused("LABEL_GRID_MISMATCH", f"a contour lies up to {away:.3g} mm off the nearest slice, tolerance {limit:.2g} mm")
-    return k, index[:2].T
+    return k, np.ascontiguousarray(index[:2].T)
 
 
 def inside(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 A segmentation object names a series, so where it lies can be told only beside the images of that series: :func:`series.assemble`
 makes headers without a grid, :func:`on_grid` gives them that of an image, and :class:`Canvas` is what their readers paint on.
-No value is interpolated: a voxel of the object is a voxel of the image, or the object is refused.
+No value is interpolated: a voxel of the object is a voxel of the image, or the object is refused. For an image that was resampled
+to a regular grid that holds of its slices as they were acquired (:func:`acquired`), from which :func:`regular` takes the nearest.
 """
 
 import contextlib
@@ -12,13 +13,14 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sparkmed.config import folded
-from sparkmed.formats import dicom, series
+from sparkmed.formats import dicom, identifiers, series
 from sparkmed.formats.instance import VolumeHeader, to_json
 from sparkmed.imaging import geometry
 from sparkmed.imaging.geometry import Grid
@@ -60,9 +62,11 @@ def by_series(headers: Iterable[VolumeHeader]) -> dict[str, list[VolumeHeader]]:
 def on_grid(segmentation: VolumeHeader, image: VolumeHeader, classes: Mapping[int, int] | None = None) -> VolumeHeader:
     """The header of a segmentation as a volume on the grid of ``image``: (segments, I, J, K), 1 where the segment is.
 
-    With ``classes`` (class index by segment number) a class map (1, I, J, K) instead; other segments are background. Raises
-    :class:`Refused`: ``MIXED_PATIENT``, ``FRAME_OF_REFERENCE``, ``LABEL_GRID_MISMATCH`` when a plane of it is none of the image's,
-    ``LABEL_WITHOUT_SEGMENT``. What only its pixels or contours show is found when it is read.
+    With ``classes`` (class index by segment number) a class map (1, I, J, K) instead; other segments are background. Segments that
+    name another frame of reference than the image's are left out. Raises :class:`Refused`: ``MIXED_PATIENT``,
+    ``FRAME_OF_REFERENCE`` (also when no segment is left, or none of a class), ``LABEL_GRID_MISMATCH`` when a plane of it is none
+    of the image's (as acquired, where it was resampled), ``LABEL_WITHOUT_SEGMENT``. What only its pixels or contours show is found
+    when it is read.
     """
     facts = segmentation.facts
     if segmentation.patient and image.patient and segmentation.patient != image.patient:
@@ -72,17 +76,94 @@ def on_grid(segmentation: VolumeHeader, image: VolumeHeader, classes: Mapping[in
         raise Refused("FRAME_OF_REFERENCE", "the segmentation is in another frame of reference than the series that it refers to")
     if not facts["segments"]:
         raise Refused("LABEL_WITHOUT_SEGMENT", "the segmentation holds no segment")
-    grid = Grid(image.affine, image.shape[1:])
+    stacked = {k: image.facts[k] for k in ("resampled", "stacked") if k in image.facts}
+    grid = acquired(stacked, Grid(image.affine, image.shape[1:]))
     for plane in facts.get("planes") or []:
         Plane.of(plane[:3], plane[3:9], plane[9:], facts["size"], grid)
-    keep: dict[str, Any] = {"segments": facts["segments"]}
+    frame = image.facts.get("frame")
+    here = [s for s in facts["segments"] if not frame or s.get("frame", frame) == frame]
+    numbers = {s["number"] for s in here}
+    elsewhere = [s["number"] for s in facts["segments"] if s["number"] not in numbers]
+    lost = set((classes or {}).values()) - {c for n, c in (classes or {}).items() if n in numbers}
+    if lost or not here:
+        raise Refused("FRAME_OF_REFERENCE", f"{len(elsewhere)} segments are in another frame of reference than the series")
+    keep: dict[str, Any] = {"segments": here, **stacked}
+    if elsewhere:
+        keep["elsewhere"] = elsewhere
     if classes:
-        keep["segments"] = [{"number": s["number"]} for s in facts["segments"]]
-        keep["classes"] = {str(n): c for n, c in sorted(classes.items())}
-    shape = (1 if classes else len(facts["segments"]), *image.shape[1:])
-    content = json.dumps([segmentation.uid, image.affine, shape, keep.get("classes")])
+        keep["segments"] = [{"number": s["number"]} for s in here]
+        keep["classes"] = {str(n): c for n, c in sorted(classes.items()) if n in numbers}
+    shape = (1 if classes else len(here), *image.shape[1:])
+    content = json.dumps([segmentation.uid, image.affine, shape, keep.get("classes"), *elsewhere, *stacked.values()])
     uid = hashlib.sha256(content.encode()).hexdigest()[:32]
     return dataclasses.replace(segmentation, uid=uid, shape=shape, affine=image.affine, header=to_json(keep))
+
+
+@dataclass(frozen=True, eq=False)
+class Slices(Grid):
+    """Slices that lie at uneven ``places``, in steps of a regular grid of this affine."""
+
+    places: tuple[float, ...] = ()
+
+
+def acquired(facts: Mapping[str, Any], grid: Grid) -> Grid:
+    """Where the slices of an image of ``grid`` lay before it was resampled; ``facts`` are its own, or those of its segmentation."""
+    stacked = facts.get("stacked")
+    if not stacked:
+        return grid
+    shape = tuple(stacked["shape"][1:])
+    if "places" in stacked:
+        return Slices(grid.affine, shape, tuple(stacked["places"]))
+    return Grid(stacked["affine"], shape)
+
+
+def regular(array: np.ndarray, facts: Mapping[str, Any], grid: Grid) -> np.ndarray:
+    """Labels (C, I, J, K) on :func:`acquired` slices on ``grid``, nearest neighbour; 0 where no slice reaches.
+
+    Of a tilted gantry this undoes :func:`sliced` voxel for voxel, but for corners that no slice has. Of uneven spacing there are
+    more planes than slices, and a plane takes the nearest slice.
+    """
+    slices = acquired(facts, grid)
+    if slices is grid:
+        return array
+    if isinstance(slices, Slices):
+        nearest = np.abs(np.subtract.outer(np.arange(grid.spatial_shape[2]), slices.places)).argmin(axis=1)
+        return array[..., nearest]
+    out = np.zeros((len(array), *grid.spatial_shape), array.dtype)
+    for k, i, j in _shifts(slices, grid):
+        out[:, i : i + array.shape[1], j : j + array.shape[2], k] = array[..., k]
+    return out
+
+
+def sliced(array: np.ndarray, facts: Mapping[str, Any], grid: Grid) -> np.ndarray:
+    """(C, I, J, K) on ``grid`` as it lies on :func:`acquired` slices, nearest neighbour: what series.straightened did, undone."""
+    slices = acquired(facts, grid)
+    if slices is grid:
+        return array
+    if isinstance(slices, Slices):
+        return array[..., np.clip(np.rint(slices.places).astype(int), 0, array.shape[3] - 1)]
+    out = np.empty((len(array), *slices.spatial_shape), array.dtype)
+    for k, i, j in _shifts(slices, grid):
+        out[..., k] = array[:, i : i + out.shape[1], j : j + out.shape[2], k]
+    return out
+
+
+def _shifts(slices: Grid, grid: Grid) -> Iterator[tuple[int, int, int]]:
+    """(k, i, j) of each tilted slice and the voxel of ``grid`` that its first one is; columns and rows keep size and direction."""
+    to_grid, room = np.linalg.inv(grid.affine) @ slices.affine, np.subtract(grid.spatial_shape, slices.spatial_shape)[:2]
+    for k in range(slices.spatial_shape[2]):
+        i, j = np.clip(np.rint((to_grid @ [0, 0, k, 1])[:2]).astype(int), 0, room)
+        yield k, int(i), int(j)
+
+
+def index_of(points: np.ndarray, grid: Grid) -> np.ndarray:
+    """(3, n) voxels of (4, n) points in RAS+ mm; of :class:`Slices` the third counts slices, and what lies between them is as many
+    steps beside the nearest."""
+    index = (np.linalg.inv(grid.affine) @ points)[:3]
+    if isinstance(grid, Slices):
+        nearest = np.abs(np.subtract.outer(index[2], grid.places)).argmin(axis=1)
+        index[2] = nearest + index[2] - np.asarray(grid.places)[nearest]
+    return index
 
 
 def placed(headers: Sequence[VolumeHeader]) -> tuple[list[VolumeHeader], list[Rejection]]:
@@ -115,23 +196,37 @@ def without_image(segmentation: VolumeHeader) -> Refused:
     return Refused("LABEL_WITHOUT_IMAGE", "the series that the segmentation refers to is not in the archive, or was refused")
 
 
-def legible(value, ds) -> str:
-    """A name in the segmentation object ``ds``: printable, Unicode NFC, at most 64 characters; :data:`WITHHELD` when it cannot be
-    decoded or holds the object's PatientID or a word of its PatientName.
+class Legible:
+    """Names in the segmentation object ``ds``: printable, Unicode NFC, at most 64 characters; :data:`WITHHELD` for one that cannot
+    be decoded, or that says who somebody is: holds a word of the PatientName, the PatientID, or what
+    :class:`~identifiers.Identifiers` finds of the object's other names, identifiers and places and of the birth date.
 
-    Of a code name (digits, and no ^ between components) the words say nobody's name, only the whole does. Text without a declared
-    character set is taken for UTF-8 where it is that, else for Latin-1.
+    Of a code name (digits, and neither ^ nor a blank between its parts) the words say nobody's name, only the whole does. Text
+    without a declared character set is taken for UTF-8 where it is that, else for Latin-1.
     """
-    text = _decoded(value, ds)
-    if not text.isprintable() or WITHHELD in text:
-        return WITHHELD
-    name, own = (_decoded(ds.get(k), ds).casefold() for k in ("PatientName", "PatientID"))
-    code_name = re.search(r"\d", name) and "^" not in name
-    said, words = text.casefold(), _words(text.casefold())
-    for part in {own, name} if code_name else {own, *_words(name)}:
-        if len(part) > 1 and (part in words or (len(part.encode()) > 3 and part in said)):
+
+    def __init__(self, ds):
+        self.ds = ds
+        person = identifiers.of_an_object(ds)
+        name, own = (_decoded(ds.get(k), ds).casefold() for k in ("PatientName", "PatientID"))
+        code_name = re.search(r"\d", name) and not re.search(r"[\^ ]", name)
+        self.parts = {own, name} if code_name else {own, *_words(name)}
+        if code_name:
+            del person["PatientName"]
+        try:
+            self.known = identifiers.Identifiers(person)
+        except Refused:  # what cannot be read cannot be looked for
+            self.known = None
+
+    def __call__(self, value) -> str:
+        text = _decoded(value, self.ds)
+        if not text.isprintable() or WITHHELD in text or (text and self.known is None):
             return WITHHELD
-    return text[:64].strip()
+        said, words = text.casefold(), _words(text.casefold())
+        for part in self.parts:
+            if len(part) > 1 and (part in words or (len(part.encode()) > 3 and part in said)):
+                return WITHHELD
+        return WITHHELD if text and self.known.found_in(text) else text[:64].strip()
 
 
 def _decoded(value, ds) -> str:
@@ -199,7 +294,7 @@ def together(maps: Iterable[np.ndarray]) -> np.ndarray:
     return whole
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plane:
     """Where a frame of (columns, rows) lies on a grid of (I, J, K) voxels: one index is a number, two are ranges."""
 
@@ -215,10 +310,13 @@ class Plane:
         ``LABEL_GRID_MISMATCH`` with the distance in mm when one is further than :func:`tolerances` from a voxel.
         """
         normal = np.cross(orientation[:3], orientation[3:])
-        frame = np.linalg.inv(grid.affine) @ dicom.slice_affine(position, orientation, spacing, normal)
+        place = dicom.slice_affine(position, orientation, spacing, normal)
+        frame = np.linalg.inv(grid.affine) @ place
+        frame[:3, 3:] = index_of(place[:, 3:], grid)
         steps, start = np.rint(frame[:3, :2]), np.rint(frame[:3, 3])
         axes = np.abs(steps).argmax(axis=0)
-        if not (np.abs(steps).sum(axis=0) == 1).all() or axes[0] == axes[1]:
+        across = isinstance(grid, Slices) and 2 in axes  # uneven slices hold no frame that cuts them
+        if not (np.abs(steps).sum(axis=0) == 1).all() or axes[0] == axes[1] or across:
             pixel, voxel = (" x ".join(f"{s:.4g}" for s in steps) for steps in (spacing[::-1], geometry.spacing(grid.affine)))
             message = f"a frame of {pixel} mm pixels does not lie along the {voxel} mm voxels of the image"
             raise Refused("LABEL_GRID_MISMATCH", message)
@@ -266,6 +364,7 @@ class Canvas:
         classes = facts.get("classes")
         self.value = {int(n): c for n, c in classes.items()} if classes else None
         self.channel = {s["number"]: 0 if classes else c for c, s in enumerate(facts["segments"])}
+        self.elsewhere = frozenset(facts.get("elsewhere") or ())
         most = max(self.value.values()) if classes else 1
         dtype = np.uint8 if most < 256 else np.uint16
         self.array = np.zeros((1 if classes else len(self.channel), *grid.spatial_shape), dtype)
@@ -273,6 +372,8 @@ class Canvas:
 
     def wants(self, number: int) -> bool:
         """Whether a segment is painted at all; raises ``BAD_VALUE`` for one that the object does not describe."""
+        if number in self.elsewhere:
+            return False
         if number not in self.channel:
             raise Refused("BAD_VALUE", f"segment {number} has pixels but no description")
         return self.value is None or number in self.value

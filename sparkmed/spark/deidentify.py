@@ -30,8 +30,9 @@ def run(spark: SparkSession, wanted: config.Deidentification, key: bytes, lineag
     many members have a copy and how many are held back in all.
 
     A file whose size and time are those of the last run, whose settings are the same, and whose copies are there is not opened.
-    Under other settings or another key all earlier copies go. Files that are gone keep their copies and rows. Raises
-    FileNotFoundError when there is nothing at the archive, InputError for places that contain each other or are not ours.
+    Under other settings or another key all earlier copies go. Files that are gone keep their copies and rows, but contradict
+    no other once they are held as conflicting. Raises FileNotFoundError when there is nothing at the archive, InputError for places
+    that contain each other or are not ours, :class:`tables.Conflict` when another run into the same folder was faster.
     """
     audit = tables.audit(wanted.out)
     present = _require_own_place(wanted, audit)
@@ -58,10 +59,7 @@ def run(spark: SparkSession, wanted: config.Deidentification, key: bytes, lineag
 
     standing = [r for r in valid if r["uri"] not in redone]
     fresh = [r for _, written in done for r in written]
-    changes = _twins(standing + fresh)
-    for name in {r["output"] for r in fresh + standing if changes.get(r["uri"], {}).get("reason") == "CONFLICTING_INSTANCE"}:
-        if storage.exists(storage.join(wanted.out, name)):
-            storage.remove(storage.join(wanted.out, name))
+    changes = _twins(standing + fresh, found)
     gone = void | redone
     fresh_files = {f.path for f, _ in done}
     names = [*fresh_files, *audit.paths()] if gone or changes else []
@@ -71,14 +69,14 @@ def run(spark: SparkSession, wanted: config.Deidentification, key: bytes, lineag
         add = [f for f, _ in done if f.path not in rewritten]
         audit.commit([*add, *rewritten.values()], (STAGE, number), replace=rewritten)
     standing = {r["uri"]: r | changes.get(r["uri"], {}) for r in standing + fresh}
-    _remove_strays(wanted.out, {r["output"] for r in standing.values() if r["status"] == "written"})
+    _remove_strays(wanted.out, {r["output"] for r in standing.values() if r["status"] == "written"}, audit)
     written = sum(r["status"] == "written" for r in standing.values())
     return {"files": len(found), "opened": len(todo), "written": written, "held": len(standing) - written}
 
 
 def _require_own_place(wanted: config.Deidentification, audit: tables.Table) -> set[str]:
     """Paths of the files in the output folder, which must be new or one of ours, and apart from the archive."""
-    source, target = (storage.absolute(u).rstrip("/") + "/" for u in (wanted.archive, wanted.out))
+    source, target = (storage.real(u).rstrip("/") + "/" for u in (wanted.archive, wanted.out))
     if source.startswith(target) or target.startswith(source):
         raise InputError(f"archive {wanted.archive} and output {wanted.out} lie in each other: keep the two zones apart")
     present = {f.path for f in storage.walk(wanted.out)} if storage.exists(wanted.out) else set()
@@ -99,7 +97,8 @@ def _rows(audit: tables.Table) -> Iterator[dict]:
 
 
 def _todo(found: dict[str, storage.File], rows: list[dict], present: set[str]) -> list[str]:
-    """Containers to open: new, changed, without their copies, or with an object that one of those has too."""
+    """Containers to open: new, changed, without their copies, held for a conflict with a file that is gone, or with an object that
+    one of those has too."""
     of_container = defaultdict(list)
     for r in rows:
         of_container[r["container"]].append(r)
@@ -114,6 +113,8 @@ def _todo(found: dict[str, storage.File], rows: list[dict], present: set[str]) -
     for r in rows:
         if r["output"]:
             users[r["output"]].add(r["container"])
+    held = {r["container"] for r in rows if r["reason"] == "CONFLICTING_INSTANCE" and not users[r["output"]] <= found.keys()}
+    todo |= held & found.keys()
     front = list(todo)
     while front:
         for r in of_container.get(front.pop(), ()):
@@ -183,11 +184,12 @@ def _held(uri: str, path: str, reason: str, message: str) -> dict:
     return {"uri": uri, "path": storage.spelt(path), "status": "held", "reason": reason, "message": message}
 
 
-def _twins(rows: list[dict]) -> dict[str, dict]:
-    """By URI, what changes in the rows of files that hold the same object: the first has the copy, or none when they differ."""
+def _twins(rows: list[dict], found: dict[str, storage.File]) -> dict[str, dict]:
+    """By URI, what changes in the rows of files that hold the same object: the first has the copy, or none when they differ. One
+    that was held for that and is no longer among the ``found`` files does not count."""
     groups = defaultdict(list)
     for r in rows:
-        if r["output"]:
+        if r["output"] and (r["reason"] != "CONFLICTING_INSTANCE" or r["container"] in found):
             groups[r["output"]].append(r)
     changes = {}
     for group in groups.values():
@@ -212,12 +214,18 @@ def _rewritten(audit: tables.Table, name: str, gone: set[str], changes: dict[str
     return audit.write(pa.Table.from_pylist(rows, audit.schema))
 
 
-def _remove_strays(out: str, claimed: set[str]):
-    """Remove what a killed run left: copies that no row claims, halves of files, and empty folders."""
+def _remove_strays(out: str, claimed: set[str], audit: tables.Table):
+    """Remove the copies that no row claims, halves of files, and empty folders: of conflicts and of killed runs.
+
+    Only what is older than the newest committed file of the audit table: a younger copy may be that of a run that began since,
+    as for :meth:`tables.Table.sweep`.
+    """
     if not storage.exists(out):
         return
+    committed = set(audit.paths())
+    newest = max((f.mtime_ns for f in storage.walk(audit.url) if f.path in committed), default=0)
     for file in list(storage.walk(out)):
-        if file.path.endswith((".dcm", ".partial")) and file.path not in claimed:
+        if file.path.endswith((".dcm", ".partial")) and file.path not in claimed and file.mtime_ns < newest:
             storage.remove(file.uri)
     root = storage.local_path(out)
     for folder, _, _ in os.walk(root, topdown=False) if root is not None else ():

@@ -90,7 +90,10 @@ def row(member: cohort.Member, label_counts: list[int] | None) -> dict:
 
 
 def group(instance: Instance) -> str:
-    """What the instances of one volume share. Always text: Spark sorts keys when it spills."""
+    """What the instances of one volume share; of segmentations, what copies of one object share. Always text: Spark sorts keys
+    when it spills."""
+    if instance.kind == "segmentation":
+        return repr(("segmentation", instance.sop_uid or instance.sha256))
     return repr(series.series_key(instance)) if instance.format == "dicom" else instance.uri
 
 

@@ -275,6 +275,7 @@ def test_a_copy_can_be_deidentified_again():
     assert twice.InstitutionName == "DEIDENTIFIED" and twice.PatientID != pydicom.dcmread(io.BytesIO(once)).PatientID
 
 
+SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 SC, US, PHOTO = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.6.1", "1.2.840.10008.5.1.4.1.1.77.1.4"
 
 
@@ -283,6 +284,14 @@ SC, US, PHOTO = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.6.1", "1.2
     [
         ({"BurnedInAnnotation": "YES"}, "BURNED_IN"),
         ({"SOPClassUID": PHOTO}, "BURNED_IN"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.3"}, "BURNED_IN"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.5.1"}, "BURNED_IN"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.7"}, "BURNED_IN"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.8"}, "BURNED_IN"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.2"}, "BURNED_IN"),
+        ({"SOPClassUID": SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "LABEL", "NONE"]}, "BURNED_IN"),
+        ({"SOPClassUID": SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "OVERVIEW"], "BurnedInAnnotation": "NO"}, "BURNED_IN"),
+        ({"SOPClassUID": SLIDE, "SpecimenLabelInImage": "YES", "BurnedInAnnotation": "NO"}, "BURNED_IN"),
         ({"SOPClassUID": US}, "ULTRASOUND"),
         ({"Modality": "IVUS"}, "ULTRASOUND"),
         ({"SOPClassUID": SC}, "SECONDARY_CAPTURE"),
@@ -297,6 +306,11 @@ def test_what_may_show_a_name_is_held_back_unless_asked_for(elements, reason):
     assert cleaned(image(**elements), allow=[reason.lower()]).PatientIdentityRemoved == "YES"
     others = {"burned_in", "ultrasound", "secondary_capture", "screen_save", "hidden_bits"} - {reason.lower()}
     assert refusal(image(**elements), allow=sorted(others)) == reason
+
+
+def test_a_slide_without_its_label_passes():
+    volume = {"SOPClassUID": SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"], "SpecimenLabelInImage": "NO"}
+    assert cleaned(image(**volume)).SOPClassUID == SLIDE
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from sparkmed import formats
+from sparkmed import config, formats
 from sparkmed.formats import Instance, Member, archive, dicom, read_archive, read_headers, read_instance
 from sparkmed.rejection import Refused
 
-from . import dicoms
+from . import dicoms, enhanced
 
 PIXELS = np.arange(30, dtype=np.uint16).reshape(5, 6) * 100
 
@@ -411,6 +411,43 @@ def test_damaged_frames(tmp_path, syntax, share):
     volumes, rejections = read_archive(str(tmp_path))
     assert len(volumes) + len(rejections) == 1
     assert {r.reason for r in rejections} <= {"BROKEN_PIXELS"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"ImageType": ["DERIVED", "PRIMARY", dicoms.SECRET.upper()]},
+        {"ImageType": ["DERIVED", "PRIMARY", "CERVANTES"], "ReferringPhysicianName": "Cervantes^Miguel"},
+        {"Modality": dicoms.SECRET.upper()},
+        {"PhotometricInterpretation": dicoms.SECRET.upper()},
+        {"ComplexImageComponent": dicoms.SECRET.upper()},
+        {"SOPClassUID": f"1.2.{dicoms.SECRET}"},
+        {"TransferSyntaxUID": f"1.2.{dicoms.SECRET}"},
+        {"FrameOfReferenceUID": dicoms.SECRET},
+        {"SOPClassUID": dicoms.PET, "Modality": "PT", "Units": dicoms.SECRET.upper()},
+        {"SOPClassUID": dicoms.PET, "Modality": "PT", "Units": "GML", "SUVType": dicoms.SECRET.upper()},
+    ],
+)
+def test_names_in_codes_reach_no_table(tmp_path, planted):
+    ds = dicoms.dataset(np.zeros((4, 4), np.uint16), **planted)
+    dicoms.write(tmp_path, [ds])
+    headers, rejections = read_headers(str(tmp_path), settings=config.Volumes(suv=True))
+    said = str([h.row() for h in headers] + [(r.reason, r.message) for r in rejections]).lower()
+    assert len(headers) + len(rejections) == 1
+    assert dicoms.SECRET.lower() not in said and "cervantes" not in said
+
+
+def test_names_in_stacks_reach_no_table(tmp_path):
+    ds = enhanced.enhanced(enhanced.frames(dicoms.phantom(), stack=lambda c, k: dicoms.SECRET))
+    headers, _ = read_headers(str(dicoms.write(tmp_path, [ds])))
+    assert len(headers) == 1 and dicoms.SECRET not in str(headers[0].row())
+
+
+def test_a_type_that_names_nobody_is_kept(tmp_path):
+    ds = dicoms.dataset(np.zeros((4, 4), np.uint16), ImageType=["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"])
+    (header,), _ = read_headers(str(dicoms.write(tmp_path, [ds])))
+    assert header.facts["type"] == ["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"]
 
 
 @pytest.mark.parametrize(

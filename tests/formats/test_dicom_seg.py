@@ -528,6 +528,12 @@ def test_images_that_no_seg_is_of(tmp_path, change, said):
         written(tmp_path, dataclasses.replace(header, **change), labels(header))
 
 
+def test_a_mosaic_has_no_seg(tmp_path):
+    header = header_of(tmp_path, enhanced.mosaic(dicoms.phantom(1, (6, 5, 4))))
+    with pytest.raises(Refused, match="SEG_SOURCE.*mosaic"):
+        written(tmp_path, header, labels(header))
+
+
 JAPANESE = {"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientName": "Yamada^Tarou=山田^太郎=やまだ^たろう"}
 KOREAN = {"SpecificCharacterSet": ["", "ISO 2022 IR 149"], "PatientName": "Hong^Gildong=洪^吉洞=홍^길동"}
 
@@ -593,6 +599,35 @@ def test_what_was_resampled_has_its_seg_on_its_own_slices(tmp_path, how, kind):
         at = np.stack([*np.indices(SHAPE[:2]), np.zeros(SHAPE[:2]), np.ones(SHAPE[:2])]).reshape(4, -1)
         nearest = np.rint((np.linalg.inv(affine) @ own @ at)[:3] + 1e-9).astype(int)
         assert np.array_equal(found[k], box[0][tuple(nearest)].reshape(SHAPE[:2]).T), k
+
+
+@pytest.mark.parametrize("how", ["tilt", "spacing"])
+def test_a_seg_on_slices_as_acquired_is_a_label_of_what_was_resampled(tmp_path, how):
+    """Ours, that of another program, and contours: all lie on the acquired slices; and ours comes back as it was."""
+    places = [0, 2.5, 5, 8, 11, 13.5]
+    moved = (lambda k: [-10, 20 + 0.9 * k, 30 + 2.5 * k]) if how == "tilt" else (lambda k: [-10, 20, 30 + places[k]])
+    sources = image(ImagePositionPatient=moved)
+    settings = Volumes(resample_tilt=True, resample_spacing=True)
+    ((header,), _) = read_headers(str(dicoms.write(tmp_path / "image", sources)), settings=settings)
+    drawn = np.random.default_rng(1).integers(0, 2, SHAPE).astype(np.uint8)  # on the slices
+    (tmp_path / "image" / "seg.dcm").write_bytes(dicoms.encoded(dicoms.seg(sources, drawn.transpose(2, 1, 0), ("liver",))))
+    corners = np.array([[-8.4, 22.4], [-5.6, 22.4], [-5.6, 25.6], [-8.4, 25.6]])
+    contour = np.column_stack([corners, np.full(4, float(moved(3)[2]))])
+    (tmp_path / "image" / "rs.dcm").write_bytes(dicoms.encoded(dicoms.rtstruct({"organ": [contour]})))
+    volumes, rejections = read_archive(str(tmp_path / "image"), settings=settings)
+    assert not rejections
+    by = {v.modality: v for v in volumes}
+    grid = np.reshape(header.affine, (4, 4))
+    assert by["SEG"].array.shape[1:] == by["CT"].array.shape[1:] == header.shape[1:] and np.array_equal(by["SEG"].affine, grid)
+    assert by["RTSTRUCT"].array.any() and by["RTSTRUCT"].array.shape[1:] == header.shape[1:]
+    seg = by["SEG"].array[0]
+    for k in range(header.shape[3]):
+        world = (grid @ [0, 0, k, 1])[2] - 30
+        n = int(np.argmin(np.abs(np.array([moved(m)[2] - 30 for m in range(6)]) - world)))
+        assert seg[..., k].sum() == drawn[..., n].sum()
+    again = Volume(by["SEG"].array, grid)
+    dicom_seg.write(again, header, str(tmp_path / "out.dcm"), {"liver": Segment()}, identity="0123", model="organs")
+    assert np.array_equal(dicom_seg.read(str(tmp_path / "out.dcm"), header).array, again.array)
 
 
 def test_a_source_that_changed_has_no_seg(tmp_path):

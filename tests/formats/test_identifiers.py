@@ -41,6 +41,16 @@ def dataset(**elements):
         ({"PatientName": "O'Quixo^P"}, "OQUIXO"),
         ({"PatientName": "Quixote^Don"}, "Q u i x o t e"),
         ({"PatientName": "Quixote^Don"}, "\uff31uixote"),  # full width
+        ({"PatientName": "\u738b^\u4f1f"}, "B30 \u738b\u4f1f"),
+        ({"PatientName": "Li^O"}, "for O. Li"),
+        ({"PatientBirthDate": "19620305"}, "born 5.3.1962"),
+        ({"PatientBirthDate": "19620305"}, "born 5 Mar 1962"),
+        ({"PatientBirthDate": "19620305"}, "March 5, 1962"),
+        ({"PatientBirthDate": "19620305"}, "geb. 5. M\u00e4rz 62"),
+        ({"PatientBirthDate": "19620305"}, "03/05/62"),
+        ({"PatientBirthDate": "19620305"}, "x 620305"),
+        ({"StudyDate": "20240131"}, "on 31/1/2024"),
+        ({"PatientID": "1234567"}, "id 123 4567"),
     ],
 )
 def test_identifying_values_are_found(elements, held):
@@ -54,6 +64,11 @@ def test_identifying_values_are_found(elements, held):
         ({"PatientID": "1605"}, "3.16051"),  # as are short numbers
         ({"PatientID": "7"}, "7"),
         ({"StudyDescription": "BRAIN"}, "BRAIN"),  # describes, names nobody
+        ({"PatientName": "Li^O"}, "liol li, oli"),
+        ({"PatientName": "\uff2d\uff32"}, "MR"),  # Latin of full width
+        ({"PatientName": "\u2014 \u2014"}, "a \u2014\u2014 b"),
+        ({"StudyDate": "20240131"}, "version 1.31.24"),  # of two digits are those of birth alone
+        ({"PatientBirthDate": "19620305"}, "1620305"),
     ],
 )
 def test_what_says_nothing_is_not(elements, held):
@@ -125,6 +140,15 @@ def test_bytes_that_are_no_text_are_searched_in_every_encoding():
     assert known.found_in_bytes(b"\0\xffQUIXOTE\0") and known.found_in_bytes("xquixote".encode("utf-16-le"))
     assert known.found_in_bytes(b"\xff314159") and not known.found_in_bytes(b"\xff31415")
     assert known.found_in_bytes(b"\xff314159", shortest=7) is None
+    assert known.found_in_bytes(b"\0\0mluc" + "Quixote".encode("utf-16-be"))  # of an ICC profile
+    born = Identifiers(dataset(PatientBirthDate="19620305"))
+    assert born.found_in_bytes(b"\0\0" + b"1962-03-05") and born.found_in_bytes("05.03.1962".encode("utf-16-be"))
+
+
+def test_a_name_of_another_encoding_than_declared_is_found():
+    ds = dataset(SpecificCharacterSet="ISO_IR 100")
+    ds[0x00100010] = RawDataElement(Tag(0x00100010), "PN", 0, "M\u00fcller^J\u00f6rg".encode(), 0, False, True)
+    assert Identifiers(ds).found_in("tumor M\u00fcller")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,13 @@ def test_an_image_in_fragments_passes(value):
         encapsulate([jpeg(segment(0xFE, NAME))]),
         encapsulate([jpeg(segment(0xE1, b"Exif\0\0" + NAME))]),
         encapsulate([jpeg(segment(0xE0, b"JFIF\0" + NAME))]),
+        encapsulate([jpeg(segment(0xDB, b"\3" + (NAME * 8)[:64]))]),  # a table that nothing uses
+        encapsulate([jpeg(segment(0xDB, b"\0" + (NAME * 8)[:64]))]),  # one that the next replaces
+        encapsulate([jpeg(segment(0xC4, NAME))]),
+        encapsulate([jpeg(segment(0xC4, b"\x13" + bytes([0] * 6 + [7] + [0] * 9) + b"Quixote"))]),
+        encapsulate([jpeg(segment(0xDD, b"\0\0" + NAME))]),
+        encapsulate([jpeg(segment(0xEE, b"Adobe\0dPanzas"))]),
+        encapsulate([jpeg(segment(0xF8, b"\2" + NAME))]),
         encapsulate([jpeg(NAME)]),
         encapsulate([jpeg() + NAME]),
         encapsulate([jpeg() + jpeg()]),
@@ -120,17 +127,57 @@ def test_comments_of_jpeg_2000_are_searched():
     ds = compressed(JPEG2000Lossless)
     stream = bytearray(next(generate_frames(ds.PixelData, number_of_frames=1)))
     at = stream.index(b"\xff\x64") if b"\xff\x64" in stream else stream.index(b"\xff\x90")
-    for text, passes in ((b"Kakadu-v8", True), (b"of " + NAME, False)):
+    for text, reason in (
+        (b"Kakadu-v8", ""),
+        (b"Created by OpenJPEG version 2.5.0", ""),
+        (b"Kakadu-19470929", "NOT_CLEAN"),
+        (b"of Dulcinea", "HIDDEN_BYTES"),
+        (b"Kakadu-v8 " + NAME, "HIDDEN_BYTES"),
+    ):
         made = bytes(stream[:at]) + segment(0x64, b"\0\1" + text) + bytes(stream[at:])
         ds.PixelData = encapsulate([made])
-        ds["PixelData"].is_undefined_length = True
-        if passes:
+        ds["PixelData"].is_undefined_length, ds.PatientBirthDate = True, "19470929"
+        if not reason:
             assert deidentify(dicoms.encoded(ds), KEY).data
         else:
-            assert refusal(ds) == "NOT_CLEAN"
+            assert refusal(ds) == reason, text
     ds.PixelData = encapsulate([bytes(stream) + NAME])
     ds["PixelData"].is_undefined_length = True
     assert refusal(ds) == "HIDDEN_BYTES"
+
+
+@pytest.mark.parametrize("marker", [0x31, 0x50, 0x55, 0x57, 0x58, 0x5E, 0x5F, 0x60, 0x61, 0x63, 0x75, 0x52, 0x5C, 0x5D])
+@pytest.mark.parametrize("within", [False, True])
+def test_segments_of_jpeg_2000_that_decoding_does_not_take_are_refused(marker, within):
+    ds = compressed(JPEG2000Lossless)
+    stream = next(generate_frames(ds.PixelData, number_of_frames=1))
+    more, at = segment(marker, b"Dulcinea del Toboso"), stream.index(b"\xff\x90")
+    made = stream[:at] + more + stream[at:]
+    if within:  # the header of a tile
+        length = int.from_bytes(stream[at + 6 : at + 10], "big") + len(more)
+        made = stream[: at + 6] + length.to_bytes(4, "big") + stream[at + 10 : at + 12] + more + stream[at + 12 :]
+    ds.PixelData = encapsulate([made])
+    ds["PixelData"].is_undefined_length = True
+    assert refusal(ds) == "HIDDEN_BYTES"
+
+
+def test_lists_of_tiles_and_packets_must_be_theirs():
+    ds = compressed(JPEG2000Lossless)
+    stream = next(generate_frames(ds.PixelData, number_of_frames=1)).rstrip(b"\0")
+    at, data = stream.index(b"\xff\x90"), stream.index(b"\xff\x93") + 2
+    length, packets = len(stream) - 2 - at, len(stream) - 2 - data
+    coded = bytes([0x80 | packets >> 14, 0x80 | packets >> 7 & 0x7F, packets & 0x7F])
+    for wrong in (0, 1):
+        lengths = segment(0x58, b"\0" + coded)
+        more = length + len(lengths)
+        tiles = segment(0x55, b"\0\x40" + (more + wrong).to_bytes(4, "big"))
+        head = stream[at : at + 6] + more.to_bytes(4, "big") + stream[at + 10 : data - 2]
+        ds.PixelData = encapsulate([stream[:at] + tiles + head + lengths + stream[data - 2 :]])
+        ds["PixelData"].is_undefined_length = True
+        if wrong:
+            assert refusal(ds) == "HIDDEN_BYTES"
+        else:
+            assert deidentify(dicoms.encoded(ds), KEY).data
 
 
 def test_an_identifier_within_the_entropy_coded_bytes_is_found():

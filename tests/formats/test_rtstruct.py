@@ -191,3 +191,56 @@ def test_the_public_structure_set_has_no_image(shared_data):
     volumes, rejections = read_archive(str(shared_data / "dicom" / "pydicom_test_files" / "test_files" / "rtstruct.dcm"))
     assert not volumes
     assert [r.reason for r in rejections] == ["LABEL_WITHOUT_IMAGE"]
+
+
+def square(low, high):
+    return np.array([[low, low], [high, low], [high, high], [low, high]], float)
+
+
+def painted(tmp_path, *contours, **changes):
+    """The voxels of a ROI of these contours on slice 2."""
+    affine = affine_of(tmp_path, image())
+    ds = dicoms.rtstruct({"organ": [(kind, on_slice(affine, 2, corners)) for kind, corners in contours]})
+    for contour in ds.ROIContourSequence[0].ContourSequence:
+        for name, value in changes.items():
+            setattr(contour, name, value)
+    (header, *_), _ = read_headers(str(tmp_path))
+    facts = {"segments": [{"number": 1, "label": "organ"}]}
+    return rtstruct.read_array(dicoms.encoded(ds), facts, geometry.Grid(header.affine, header.shape[1:]))[0, :, :, 2]
+
+
+def test_a_contour_twice_counts_once_and_crossing_ones_are_refused(tmp_path):
+    one, two = square(1.5, 10.5), square(5.5, 14.5)
+    whole = painted(tmp_path, ("CLOSED_PLANAR", one))
+    assert whole.sum() == 81
+    assert np.array_equal(painted(tmp_path, ("CLOSED_PLANAR", one), ("CLOSED_PLANAR", np.roll(one, 1, axis=0)[::-1])), whole)
+    with pytest.raises(Refused, match="BAD_VALUE: .*cross"):
+        painted(tmp_path, ("CLOSED_PLANAR", one), ("CLOSED_PLANAR", two))
+    assert painted(tmp_path, ("CLOSEDPLANAR_XOR", one), ("CLOSEDPLANAR_XOR", two)).sum() == 2 * (81 - 25)
+    beside = square(11.5, 14.5)
+    hole = square(3.5, 6.5)
+    several = painted(tmp_path, *(("CLOSED_PLANAR", c) for c in (hole, beside, one)))
+    assert several.sum() == 81 - 9 + 9
+
+
+@pytest.mark.parametrize("kind", ["", "CLOSED", None])
+def test_a_contour_of_no_known_type_is_refused(tmp_path, kind):
+    with pytest.raises(Refused, match="BAD_VALUE: ContourGeometricType"):
+        painted(tmp_path, ("CLOSED_PLANAR", square(1.5, 10.5)), ContourGeometricType=kind)
+
+
+def test_rois_of_another_frame_of_reference_are_left_out(tmp_path):
+    affine = affine_of(tmp_path, image())
+    rois = {"here": [on_slice(affine, 2, circle(6.0))], "there": [on_slice(affine, 2, circle(2.0))]}
+    ds = dicoms.rtstruct(rois)
+    for roi, frame in zip(ds.StructureSetROISequence, ("1.2.3.4.6", "1.2.9.9"), strict=True):
+        roi.ReferencedFrameOfReferenceUID = frame
+    (tmp_path / "rs.dcm").write_bytes(dicoms.encoded(ds))
+    volumes, rejections = read_archive(str(tmp_path))
+    (label,) = [v for v in volumes if v.modality == "RTSTRUCT"]
+    assert not rejections and label.array.shape[0] == 1 and label.array.sum() == disc(6.0).sum()
+    headers, _ = read_headers(str(tmp_path))
+    (ct,) = [h for h in headers if h.modality == "CT"]
+    with pytest.raises(Refused, match="FRAME_OF_REFERENCE: 1 segments"):
+        segmentation.on_grid(pending(tmp_path / "rs.dcm"), ct, {1: 1, 2: 2})
+    assert read_volume(segmentation.on_grid(pending(tmp_path / "rs.dcm"), ct, {1: 1, 2: 1})).array.sum() == disc(6.0).sum()

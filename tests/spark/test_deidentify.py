@@ -126,7 +126,12 @@ def test_changes_of_the_archive_and_of_the_settings_are_followed(spark, archive,
 
     (archive / "again" / "000.dcm").unlink()
     (archive / "new.dcm").write_bytes(dicoms.encoded(dicoms.dataset(VOXELS[..., 0] + 1, StudyDate="20240131")))
-    assert pipeline.deidentify(wanted(archive, tmp_path))["opened"] == 1
+    done = pipeline.deidentify(wanted(archive, tmp_path))
+    assert done["opened"] == 2  # the new one, and the one whose rival is gone
+    assert (
+        len(copies(tmp_path)) == done["written"] == 6 and [r["reason"] for r in rows(tmp_path)].count("CONFLICTING_INSTANCE") == 1
+    )
+    assert pipeline.deidentify(wanted(archive, tmp_path)) == done | {"opened": 0}
 
     again = pipeline.deidentify(wanted(archive, tmp_path, "deidentify.dates=removed", "deidentify.allow=[screen_save]"))
     assert again["opened"] == again["files"] == 9 and again["held"] == 3
@@ -138,12 +143,33 @@ def test_places_that_would_mix_the_zones_are_errors(spark, archive, tmp_path):
     for out in (archive, archive / "out", archive.parent):
         with pytest.raises(InputError, match="keep the two zones apart"):
             pipeline.deidentify(config.deidentification(str(archive), str(out), [f"identity.key_file={_key(tmp_path)}"]))
+    (tmp_path / "elsewhere").symlink_to(archive)
+    with pytest.raises(InputError, match="keep the two zones apart"):
+        inside = str(tmp_path / "elsewhere" / "out")
+        pipeline.deidentify(config.deidentification(str(archive), inside, [f"identity.key_file={_key(tmp_path)}"]))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     with pytest.raises(InputError, match="choose a new folder"):
         pipeline.deidentify(wanted(archive, tmp_path))
     with pytest.raises(InputError, match="does not exist"):
         pipeline.deidentify(wanted(tmp_path / "nowhere", tmp_path))
+
+
+def test_strays_are_what_is_older_than_the_audit(tmp_path):
+    out, audit = tmp_path / "out", tables.audit(str(tmp_path / "out"))
+    for name in ("old.dcm", "claimed.dcm", ".half.dcm.partial"):
+        (out / "sub-1").mkdir(parents=True, exist_ok=True)
+        (out / "sub-1" / name).touch()
+        os.utime(out / "sub-1" / name, ns=(1, 1))
+    audit.commit([])
+    deidentify._remove_strays(str(out), set(), audit)
+    assert len(list(out.rglob("*.*"))) == 3, "no run has come to its end yet"
+    audit.commit([audit.write([{"uri": "x"}])], ("deidentify", 1))
+    of_another_run = out / "sub-1" / "young.dcm"
+    of_another_run.touch()
+    os.utime(of_another_run, ns=(2**62, 2**62))
+    deidentify._remove_strays(str(out), {"sub-1/claimed.dcm"}, audit)
+    assert {f.name for f in out.rglob("*.*")} == {"claimed.dcm", "young.dcm"}
 
 
 def test_the_command_makes_a_key_beside_the_copies_and_says_nothing_of_patients(spark, archive, tmp_path, capfd, monkeypatch):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import shutil
 
@@ -49,6 +50,14 @@ def test_keys_of_all_formats_are_text_and_tell_series_apart(tmp_path):
     keys = [volumes.group(formats.read_instance(m)) for m in members]
     assert {type(k) for k in keys} == {str} and len(set(keys)) == 3
     sorted(keys)
+
+
+def test_copies_of_a_segmentation_come_together_whatever_series_they_name(tmp_path):
+    for n, name in enumerate(("1.2.3.8", "1.2.3.9")):
+        (tmp_path / f"{n}.dcm").write_bytes(dicoms.encoded(dicoms.rtstruct({"organ": []}, SeriesInstanceUID=name)))
+    found = [formats.read_instance(m) for f in storage.walk(str(tmp_path)) for m in formats.members(f)]
+    assert len({i.series_uid for i in found}) == 2 and len({volumes.group(i) for i in found}) == 1
+    assert volumes.group(found[0]) != volumes.group(dataclasses.replace(found[0], sop_uid="1.2.3.8.2"))
 
 
 def test_a_lake_of_any_name(spark, archive, tmp_path):
