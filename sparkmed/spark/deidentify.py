@@ -13,7 +13,6 @@ from pyspark.sql import SparkSession
 
 from sparkmed import config, storage, tables
 from sparkmed.formats import archive, deidentify, isolation
-from sparkmed.imaging import paths
 from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark.session import decoding, packed
 
@@ -42,9 +41,7 @@ def run(spark: SparkSession, wanted: config.Deidentification, key: bytes, lineag
     void = {r["uri"] for r in rows if r["settings"] != settings}
     valid = [r for r in rows if r["uri"] not in void]
 
-    ignored = [paths.PathPattern(p) for p in wanted.catalog.exclude]
-    walked = (f for f in storage.walk(wanted.archive) if not any(p.match(f.path) for p in ignored))
-    found = {storage.spelt(f.uri): f for f in walked}
+    found = {storage.spelt(f.uri): f for f in archive.files(wanted.archive, wanted.catalog)}
     todo = _todo(found, valid, present)
     opened = set(todo)
     redone = {r["uri"] for r in valid if r["container"] in opened}
