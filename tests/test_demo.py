@@ -107,7 +107,7 @@ class TestWholePath:
     def test_what_was_refused(self, done):
         reasons = Counter((r["stage"], r["reason"]) for r in tables.quarantine(done.lake).rows())
         assert reasons == {
-            ("catalog", "UNKNOWN_FORMAT"): 2, ("catalog", "TRUNCATED"): 1,
+            ("catalog", "UNKNOWN_FORMAT"): 2, ("volumes", "TRUNCATED"): 1,
             ("catalog", "ENCRYPTED"): 1, ("catalog", "ESCAPES_FOLDER"): 1,
             ("volumes", "GANTRY_TILT"): 12, ("volumes", "MISSING_SLICE"): 11, ("volumes", "DUPLICATE_INSTANCE"): 1,
             ("volumes", "NOT_AN_IMAGE"): 1, ("volumes", "LABEL_WITHOUT_IMAGE"): 3,

@@ -30,6 +30,12 @@ def once(instances: list[Instance]) -> tuple[list[Instance], list[Rejection]]:
         by_uid[i.sop_uid or i.sha256].append(i)
     kept, rejections = [], []
     for same in by_uid.values():
+        if len(same) > 1:
+            sound, faulty = _sound(same)
+            if not sound:
+                kept += same  # each is refused for what is wrong with it
+                continue
+            same, rejections = sound, rejections + faulty
         whole, broken = _comparable(same)
         rejections += broken
         (first, seen), *others = whole
@@ -41,6 +47,13 @@ def once(instances: list[Instance]) -> tuple[list[Instance], list[Rejection]]:
             refused = Refused("CONFLICTING_INSTANCE", f"{len(whole)} different images have the same SOPInstanceUID")
             rejections += [refused.at(i.uri, STAGE) for i, _ in whole]
     return sorted(kept, key=lambda i: i.uri), rejections
+
+
+def _sound(same: list[Instance]) -> tuple[list[Instance], list[Rejection]]:
+    """Copies whose headers say that they are whole, and why not of the others."""
+    problems = {i.uri: i.facts.get("problem") for i in same}
+    faulty = [Refused(*problems[i.uri]).at(i.uri, STAGE) for i in same if problems[i.uri]]
+    return [i for i in same if not problems[i.uri]], faulty
 
 
 @dataclass(frozen=True)
