@@ -438,10 +438,9 @@ def test_names_in_codes_reach_no_table(tmp_path, planted):
     assert dicoms.SECRET.lower() not in said and "cervantes" not in said
 
 
-def test_names_in_stacks_reach_no_table(tmp_path):
+def test_names_in_stacks_reach_no_table():
     ds = enhanced.enhanced(enhanced.frames(dicoms.phantom(), stack=lambda c, k: dicoms.SECRET))
-    headers, _ = read_headers(str(dicoms.write(tmp_path, [ds])))
-    assert len(headers) == 1 and dicoms.SECRET not in str(headers[0].row())
+    assert dicoms.SECRET not in str(instance(ds).row())
 
 
 def test_a_type_that_names_nobody_is_kept(tmp_path):
