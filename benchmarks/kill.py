@@ -3,10 +3,9 @@
 usage: python benchmarks/kill.py [ROUNDS, 50] [SEED, 0]
 
 Each round is one of: the driver killed at any moment; the driver killed within 50 ms of the start of a commit; Python workers of
-the executors killed while the run goes on; two runs at once, with and without the lease, of which one may be killed. Up to three
-rounds hit the same lake before a run is let through. After each round no row may be wrong or double and none may lack its mask;
-after the run that is let through all must be there; after a vacuum nothing else. Prints one JSON object; the exit status is 1 if
-that does not hold.
+the executors killed while the run goes on; two runs at once, with and without the lease, of which one may be killed. After each
+round no row may be wrong or double and none may lack its mask. A lake is kept until a run on it comes to its end: then all must be
+there, and after a vacuum nothing else. Prints one JSON object; the exit status is 1 if that does not hold.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -36,7 +36,7 @@ from sparkmed.spark import score as spark_score
 VOLUMES, BATCH = 32, 6
 CLASSES = ("background", "bright", "dark")
 FAILED = "run failed"
-KINDS = ("commit", "workers", "two without lease", "driver", "commit", "two", "driver")
+KINDS = ("commit", "workers", "two without lease", "driver", "commit", "workers", "commit", "driver", "two")
 fork = multiprocessing.get_context("fork")  # what is imported is imported once; this process itself starts no thread
 
 
@@ -156,8 +156,10 @@ class Run:
                 return True
         return False
 
-    def killed(self) -> str | None:
-        """SIGKILL; what the run was at, None when it had ended."""
+    def killed(self, left: list[psutil.Process]) -> str | None:
+        """SIGKILL; what the run was at, None when it had ended. ``left`` gets the processes that it had started."""
+        with contextlib.suppress(psutil.Error):
+            left += psutil.Process(self.process.pid).children(recursive=True)
         self.until("nothing", seconds=0.001)
         alive = self.process.is_alive()
         self.process.kill()
@@ -178,18 +180,20 @@ class Run:
         return []
 
 
-def one_round(kind: str, folder: pathlib.Path, lake: pathlib.Path, seconds: float, draw: random.Random) -> list[str]:
-    """What was killed, and at what."""
+def one_round(
+    kind: str, folder: pathlib.Path, lake: pathlib.Path, seconds: float, draw: random.Random, left: list[psutil.Process]
+) -> tuple[list[str], bool]:
+    """What was killed, and at what, and whether a run came to its end; ``left`` gets the processes of killed drivers."""
     two = [Run(folder, lake, kind != "two without lease") for _ in range(2 if kind.startswith("two") else 1)]
     run, hits = two[0], []
     if kind == "commit":
         if run.until("commit", draw.randint(1, VOLUMES // BATCH)):
             time.sleep(draw.uniform(0, 0.05))
-        hits.append(run.killed())
+        hits.append(run.killed(left))
     elif kind == "driver":
         run.until("predict", seconds=draw.choice((300, draw.uniform(0, seconds))))
         run.until("nothing", seconds=draw.uniform(0, seconds / 2))
-        hits.append(run.killed())
+        hits.append(run.killed(left))
     elif kind == "workers":
         run.until("predict")
         while run.process.is_alive() and len(hits) < 4:
@@ -201,13 +205,10 @@ def one_round(kind: str, folder: pathlib.Path, lake: pathlib.Path, seconds: floa
     elif draw.random() < 0.5:
         run.until("predict")
         run.until("nothing", seconds=draw.uniform(0, seconds / 2))
-        hits.append(run.killed())
-    for other in two[len(two) - 1 :] if kind.startswith("two") else two if kind == "workers" else []:
-        if other.ended():
-            hits.append(FAILED)
-    for other in two:
-        other.process.join()
-    return [h for h in hits if h]
+        hits.append(run.killed(left))
+    outcomes = [other.ended() for other in two]
+    hits += [FAILED for code in outcomes if code not in (0, -signal.SIGKILL)]
+    return [h for h in hits if h], 0 in outcomes
 
 
 def in_child(work, *arguments):
@@ -223,38 +224,40 @@ def in_child(work, *arguments):
 
 def main(rounds: int, seed: int) -> int:
     draw, said, problems = random.Random(seed), [], Counter()
-    before, after = Counter(), Counter()
+    before, after, lakes = Counter(), Counter(), 0
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         (folder / "preloaded.py").write_text(PRELOADED)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path[1:]])
         calm = in_child(prepare, folder)
-        left, lake = 0, folder
+        lake, left = None, []
         for number in range(rounds):
-            if not left:
-                left, lake = draw.randint(1, 3), folder / f"lake-{number}"
+            if lake is None:
+                lake = folder / f"lake-{number}"
                 shutil.copytree(folder / "lake", lake)
             settings, kind = settings_of(folder, lake), KINDS[number % len(KINDS)]
-            hits = one_round(kind, folder, lake, calm["seconds"], draw)
-            found = in_child(compared, settings, calm["rows"], False)
-            left = 0 if number == rounds - 1 else left - 1
-            if not left:  # let one run through
-                found["failed"] = int(Run(folder, lake).ended() != 0)
-                found |= in_child(compared, settings, calm["rows"], True)
+            hits, ended = one_round(kind, folder, lake, calm["seconds"], draw, left)
+            if number == rounds - 1 and not ended:
+                ended = Run(folder, lake).ended() == 0
+            found = in_child(compared, settings, calm["rows"], ended)
+            if ended:
+                psutil.wait_procs(left, 120)  # executors of killed drivers, which may be writing still
                 before.update(in_child(leftovers, settings))
                 in_child(lambda settings=settings: len(pipeline.vacuum(settings)))
                 after.update(in_child(leftovers, settings))
                 for what, count in in_child(compared, settings, calm["rows"], True).items():
                     found[what] += count
-            found["failed"] = hits.count(FAILED) + found.get("failed", 0)
+                lakes, lake = lakes + 1, None
+            found["failed"] = hits.count(FAILED)
             problems.update(found)
             said.append([kind, *(hits or ["nothing left to kill"])])
             print(f"{number + 1:3d} {kind:18s} {', '.join(said[-1][1:])}  {found}", file=sys.stderr, flush=True)
         minutes = (time.monotonic() - began) / 60
     places = Counter(f"{kind}: {hit}" for kind, *hits in said for hit in hits)
     result = {
-        "rounds": rounds, "seed": seed, "volumes": VOLUMES, "commits of a run": -(-VOLUMES // BATCH), "minutes": round(minutes, 1),
+        "rounds": rounds, "seed": seed, "volumes": VOLUMES, "commits of a run": -(-VOLUMES // BATCH), "lakes": lakes,
+        "minutes": round(minutes, 1),
         "rounds by kind": dict(Counter(kind for kind, *_ in said)), "killed": dict(sorted(places.items())),
         "keys missing": problems["missing"], "keys doubled": problems["doubled"], "rows wrong": problems["wrong"],
         "masks missing": problems["masks missing"], "runs failed": problems["failed"],

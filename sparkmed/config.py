@@ -724,7 +724,7 @@ def load(path: str, overrides: typing.Sequence[str] = ()) -> Config:
         raise InputError(f"config {path}: not a text in UTF-8") from None
     try:
         data = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # such as a date that is none
         raise InputError(f"config {path}: not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(data, dict):
         raise InputError(f"config {path}: wanted a mapping of keys, got {type(data).__name__}")
@@ -764,7 +764,7 @@ def _override(data: dict, override: str):
             raise InputError(f"override {override!r}: {p} is a value, not a section")
     try:
         data[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         data[last] = value
 
 

@@ -28,7 +28,7 @@ DAY = datetime.timedelta(days=1)
 
 def settings_of(folder, **score) -> config.Config:
     plain = {
-        "name": "nightly", "task": "segmentation", "classes": list(CLASSES), "archive": str(folder / "archive"),
+        "name": "nightly", "task": "segmentation", "classes": list(CLASSES), "archive": str((folder / "archive").resolve()),
         "lake": str(folder / "lake"), "identity": {"keep_subjects": True},
         "volumes": {"images": "img/{subject}.nii.gz", "labels": {"allow_missing": True}},
         "score": {"max_refused": 1.0, **score}, "train": {"device": "cpu"},
@@ -72,15 +72,19 @@ def prepared(tmp_path_factory, spark):
     volumes_of(settings)
     crown(settings, folder, 1)
     ledger.pinned(settings)  # the model is in the lake
-    shutil.copytree(folder, folder.with_name("pristine"))
+    shutil.copytree(folder / "archive", folder / "pristine")
     return folder
 
 
 @pytest.fixture
-def project(prepared):
-    """The folder, each time as it was."""
-    shutil.rmtree(prepared)
-    return shutil.copytree(prepared.with_name("pristine"), prepared)
+def project(prepared, tmp_path):
+    """A lake of the test's own, and the one archive, as it was."""
+    shutil.rmtree(prepared / "archive")
+    shutil.copytree(prepared / "pristine", prepared / "archive")
+    shutil.copytree(prepared / "lake", tmp_path / "lake")
+    (tmp_path / "archive").symlink_to(prepared / "archive")
+    settings_of(tmp_path)
+    return tmp_path
 
 
 def test_executors_write_rows_and_the_driver_commits_their_names(project):
@@ -95,7 +99,7 @@ def test_executors_write_rows_and_the_driver_commits_their_names(project):
         assert (r["model_name"], r["model_version"], r["dataset_digest"]) == ("nightly", "1", "digest of the training data 1")
         assert r["model_run"] == champion.registry.version_facts("1")["run_id"]
         assert r["code_version"] == common.code_version() and r["device"] == "cpu" and r["scored_at"]
-        assert str(project) not in str(r), "sources are named in volumes/ alone"
+        assert "img/" not in str(r) and settings.archive not in str(r), "sources are named in volumes/ alone"
     assert {r["batch"].rpartition("/")[2] for r in rows} == {"0", "1"} and len({r["batch"].partition("/")[0] for r in rows}) == 1
     assert len(table.paths()) > 2, "a file for each task"
     assert table.committed("score") == 2, "a commit for each batch"
@@ -152,7 +156,7 @@ def test_what_fails_is_tried_within_a_budget_and_taken_up_when_asked(project, ca
         (images / f"{name}.nii.gz").rename(project / name)
     broken = images / "s03.nii.gz"
     broken.write_bytes(broken.read_bytes()[:200])
-    volumes_of(settings.model_copy(update={"archive": str(project / "archive")}))
+    volumes_of(settings)
     for name in ("s01", "s02"):  # catalogued, and then away
         (project / name).rename(images / f"{name}.nii.gz")
     volumes_of(settings)
@@ -368,6 +372,6 @@ def test_vacuum_takes_what_nobody_can_need(project, capsys):
     promotions.commit([promotions.write(won)])
     old = [r | {"scored_at": r["scored_at"] - 8 * DAY} for r in rows]
     table.commit([table.write(old)], replace=table.paths())
-    assert [x.path for x in pipeline.vacuum(settings)] == ["models/nightly/1"]
+    assert [x.path for x in pipeline.vacuum(settings) if x.what == "copy of a model"] == ["models/nightly/1"]
     tracking.of(settings).crown("1", "needed again")
     assert pipeline.score(settings)["before"] == 6 and storage.exists(storage.join(settings.lake, "models/nightly/1/spec.json"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -307,3 +308,12 @@ def test_what_could_not_be_cut_is_in_quarantine_once_and_counts(project, monkeyp
             pipeline.patches(settings)
     rows = [r for r in tables.quarantine(settings.lake).rows() if r["stage"] == "patches"]
     assert len(rows) == 7 and {r["reason"] for r in rows} == {"TRUNCATED"}
+
+
+def test_of_two_trainings_at_once_one_trains(project):
+    settings, _ = project
+    other = settings.model_copy(update={"seed": 7, "train": settings.train.model_copy(update={"epochs": 1})})
+    pipeline.patches(other)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(pipeline.train, (other, other))
+    assert first["version"] == second["version"] and [f.get("already") for f in (first, second)].count("trained") == 1

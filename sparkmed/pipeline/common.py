@@ -108,14 +108,12 @@ def remember(config: Config):
     while True:
         number = table.committed(SEEN)
         known = set(table.read(["uid"])["uid"].to_pylist())
-        new = [r for r in tables.volumes(config.lake).rows() if r["uid"] not in known]
+        there = tables.volumes(config.lake).read(["uid", "sources", "source_paths", "source_sha256"])
+        new = [r for r in there.to_pylist() if r["uid"] not in known]
         if not new:
             return
         now, seen = datetime.datetime.now(datetime.UTC), arrivals.first_seen(config.lake, new)
-        rows = [
-            {"first_seen": seen.get(r["uid"], now)} | {k: r[k] for k in ("uid", "sources", "source_paths", "source_sha256")}
-            for r in new
-        ]
+        rows = [r | {"first_seen": seen.get(r["uid"], now)} for r in new]
         try:
             table.commit([table.write(rows)], (SEEN, number + 1))
             return

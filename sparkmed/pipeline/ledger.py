@@ -3,9 +3,9 @@
 import datetime
 import hashlib
 import io
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
@@ -69,7 +69,8 @@ def plan(config: Config, champion: Pinned) -> Plan:
     rows = {champion.key(r["uid"]): r for r in common.volume_rows(config)}
     ledger = tables.predictions(config.lake).read(["key", "volume", "scored_at"]).to_pydict()
     seen = tables.seen(config.lake).read(["uid", "first_seen"]).to_pydict()
-    first = dict(zip(seen["uid"], seen["first_seen"], strict=True))
+    now = datetime.datetime.now(datetime.UTC)
+    first = {r["uid"]: now for r in rows.values()} | dict(zip(seen["uid"], seen["first_seen"], strict=True))
     for volume, moment in zip(ledger["volume"], ledger["scored_at"], strict=True):
         first[volume] = min(first.get(volume, moment), moment)
     scored = frozenset(ledger["key"]) & rows.keys()
@@ -121,37 +122,34 @@ def current(config: Config) -> pa.Table:
     columns = [found[c].to_pylist() for c in ("volume", "key", "scored_at")]
     for n, (volume, key, moment) in enumerate(zip(*columns, strict=True)):
         best[volume] = max(best.get(volume, ()), (key == champion.key(volume), moment, n))
-    return found.take([best[v][-1] for v in sorted(best)])
+    return found.take(pa.array([best[v][-1] for v in sorted(best)], pa.int64()))
 
 
-def as_csv(rows: pa.Table, classes: Iterable[str]) -> str:
-    """Predictions as CSV: what is per class is a column per class, named such as ``ml_liver``."""
-    classes = list(classes)
+def as_csv(rows: pa.Table, config: Config) -> str:
+    """Predictions as CSV: what is per class is a column per class, such as ``ml_liver``. The columns depend on the config alone."""
     frame = rows.to_pandas()
-    for column in ("probability", "ml", "score"):
+    of_image = {"score"} if config.task == "classification" else set()  # right or wrong
+    for column in ("probability", "score") if of_image else ("probability", "ml", "score"):
         lists = frame.pop(column)
-        if lists.map(lambda v: v is None or len(v) == 1).all() and len(classes) > 1:  # right or wrong
-            frame[column] = lists.map(lambda v: None if v is None else v[0])
-            continue
-        for c, name in enumerate(classes):
-            frame[f"{column}_{name}"] = lists.map(lambda v, c=c: None if v is None else v[c])
-    frame = frame.dropna(axis="columns", how="all") if len(frame) else frame
+        for c, name in enumerate(config.classes[:1] if column in of_image else config.classes):
+            values = [None if v is None else v[c] for v in lists]
+            frame[column if column in of_image else f"{column}_{name}"] = pd.Series(values, frame.index, float)
     return frame.to_csv(index=False)
 
 
 def export(config: Config, url: str | None) -> str:
     """:func:`current` as CSV text, or written to ``url`` as its ending says (``.csv``, ``.parquet``), and then its URL."""
+    if url is not None and not url.endswith((".csv", ".parquet")):
+        raise InputError(f"--out {url}: wanted a name that ends with .csv or .parquet")
     rows = current(config)
     if url is None:
-        return as_csv(rows, config.classes)
+        return as_csv(rows, config)
     if url.endswith(".parquet"):
         buffer = io.BytesIO()
         pa.parquet.write_table(rows, buffer)
         data = buffer.getvalue()
-    elif url.endswith(".csv"):
-        data = as_csv(rows, config.classes).encode()
     else:
-        raise InputError(f"--out {url}: wanted a name that ends with .csv or .parquet")
+        data = as_csv(rows, config).encode()
     storage.write_bytes(url, data)
     return storage.absolute(url)
 
@@ -187,16 +185,16 @@ def trace(config: Config, name: str) -> dict:
 
 
 def _volume(config: Config, row: dict) -> dict:
-    """What was scored; from ``volumes/``, or when it is not there any more from what is kept of it."""
+    """What was scored: where it lies now, or when the archive has another file in its place, where it lay."""
     uid = row["volume"]
     now = {r["uid"]: r for r in tables.volumes(config.lake).rows(pc.field("uid") == uid)}
     kept = {r["uid"]: r for r in tables.seen(config.lake).rows(pc.field("uid") == uid)}
     facts = {"digest": uid, "subject": row["subject"], "split": row["split"], "in_archive": uid in now}
-    found = kept.get(uid) or now.get(uid)
+    found = now.get(uid) or kept.get(uid)
     if found is None:
         return facts | {"sources": "not known: it was scored before they were kept, and the archive has another file in its place"}
     if uid in kept:
-        facts["first_seen"] = _plain(found["first_seen"])
+        facts["first_seen"] = _plain(kept[uid]["first_seen"])
     several = zip(found["source_paths"], found["sources"], found["source_sha256"], strict=True)
     return facts | {"sources": [{"path": p, "uri": u, "sha256": s, "now": _now(u, s)} for p, u, s in several]}
 
