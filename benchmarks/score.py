@@ -9,7 +9,8 @@ ratio within a turn. Everything has run once before it counts.
 ``throughput``: seconds for ``volumes`` of ``size``^3 from file to mask. ``spark``: two slots, one torch thread each, as Spark sets
 it. ``loop``: one process that reads, preprocesses, calls ``monai.inferers.sliding_window_inference``, takes the argmax on the
 volume's own grid and writes it, with two torch threads. ``apart``: two such processes, with one torch thread and half of the
-volumes each: what this machine gives at most.
+volumes each: what this machine gives at most. ``cpu``: the same in seconds of the processor, of all processes together (JVM too),
+which others on the machine disturb less.
 ``windows``: stitching alone, in one process: this package's against MONAI's.
 ``straggler``: slowest / mean task of 24 volumes of sizes 1:20 in time, by cost as they are packed, and as packing by count would
 have it.
@@ -17,6 +18,7 @@ have it.
 ``memory``: growth of a process that scores a volume, in volumes as float32 (the larger of stored and preprocessed).
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -30,6 +32,7 @@ import time
 
 import nibabel
 import numpy as np
+import psutil
 import torch
 from measure import beside
 from monai.inferers import sliding_window_inference
@@ -141,14 +144,29 @@ def throughput(spark, folder: pathlib.Path, turns: int, volumes: int, size: int)
 
     runs = {"spark": on_spark, "loop": in_one, "apart": lambda: apart(rows)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-1, turns):
         for name, run in runs.items():
+            before = processor_seconds()
             took = run()
             if turn >= 0:
                 seconds[name].append(took)
+                cpu[name].append(processor_seconds() - before)
     apart.stop()
-    found = {name: round(statistics.median(s), 2) for name, s in seconds.items()}
-    return {"seconds": found} | {f"spark/{name}": ratio(seconds["spark"], seconds[name], THROUGHPUT) for name in ("loop", "apart")}
+    result: dict = {}
+    for kind, times in (("seconds", seconds), ("cpu", cpu)):
+        result[kind] = {name: round(statistics.median(s), 2) for name, s in times.items()}
+        result |= {f"{kind}, spark/{name}": ratio(times["spark"], times[name], THROUGHPUT) for name in ("loop", "apart")}
+    return result
+
+
+def processor_seconds() -> float:
+    """Of this process and all below it."""
+    total = 0.0
+    for process in (this := psutil.Process()), *this.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:2])
+    return total
 
 
 def ratio(one: list[float], other: list[float], target: float | None) -> dict:

@@ -1,6 +1,7 @@
 """A model over many volumes: packed tasks, one model per Python worker, rows back to the driver."""
 
 import dataclasses
+import gc
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -201,6 +202,9 @@ def _model(url: str, device: str, settings: Score | None, imports: Sequence[str]
     key = digest, device, *imports
     if key not in _loaded:
         _loaded.clear()
+        gc.unfreeze()
         _loaded[key] = Model.load(url, device, imports, digest)
+        gc.collect()
+        gc.freeze()  # PySpark collects garbage after every task: without this it looks through all of torch, a quarter of a second
     model = _loaded[key]
     return model if settings is None else model.with_settings(settings)
