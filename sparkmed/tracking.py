@@ -193,7 +193,7 @@ class Run:
         version = str(info.registered_model_version)
         for key, value in {**tags, _DIGEST: models.model_digest(folder)}.items():
             self.registry.note(version, key, value)
-        return version
+        return str(version)
 
 
 def of(config: Config) -> Registry:
