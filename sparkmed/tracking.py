@@ -95,7 +95,7 @@ class Registry:
     def trained(self, training: str) -> str | None:
         """The registered version that came out of the training with this digest, None if there is none."""
         found = self.client.search_model_versions(f"name='{self.model}'")
-        versions = [v.version for v in found if v.tags.get("sparkmed.training") == training]
+        versions = [str(v.version) for v in found if v.tags.get("sparkmed.training") == training]
         return max(versions, key=int) if versions else None
 
     def champion(self) -> str | None:
@@ -193,7 +193,7 @@ class Run:
         version = str(info.registered_model_version)
         for key, value in {**tags, _DIGEST: models.model_digest(folder)}.items():
             self.registry.note(version, key, value)
-        return str(version)
+        return version
 
 
 def of(config: Config) -> Registry:
