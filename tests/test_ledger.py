@@ -89,7 +89,8 @@ def project(prepared, tmp_path):
 
 def test_executors_write_rows_and_the_driver_commits_their_names(project):
     settings = settings_of(project, commit_every=4)
-    assert pipeline.score(settings) == {"version": "1", "scored": 6, "before": 0, "refused": 0, "parked": 0, "waiting": 0}
+    counts = {"scored": 6, "before": 0, "refused": 0, "parked": 0, "waiting": 0}
+    assert pipeline.score(settings) == {"version": "1", **counts, "alarms": "none"}
     assert pipeline.score(settings)["before"] == 6
     rows, table = rows_of(settings), tables.predictions(settings.lake)
     champion = ledger.pinned(settings)
@@ -297,7 +298,8 @@ def test_a_lake_of_the_earlier_code_goes_on(project):
     then = datetime.datetime.now(datetime.UTC) - 30 * DAY
     row = {"key": champion.key(first), "volume": first, "model_name": "nightly", "model_version": "1", "scored_at": then}
     old.commit([old.write([row | {"model_digest": champion.model_digest, "config_digest": "of the section"}])], ("score", 1))
-    refused.commit([refused.write([{"uri": "u", "stage": "score", "reason": "CHANNELS", "key": champion.key(second)}])])
+    parked = {"uri": "u", "stage": "score", "reason": "CHANNELS", "key": champion.key(second), "refused_at": then}
+    refused.commit([refused.write([parked])])
     storage.remove(tables.seen(settings.lake).url, recursive=True)
 
     outcome = pipeline.score(settings)
