@@ -149,8 +149,11 @@ class PatchLoader:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self.pin_memory = pin_memory
-        self._window_bytes, self._memory_bytes = window_mb * 2**20, memory_mb * 2**20
-        self._kept: dict[int, dict] | None = {} if blocks_bytes(self.dataset.blocks) <= self._memory_bytes else None
+        self._window_bytes = window_mb * 2**20
+        largest = max((b.bytes for b in self.dataset.blocks), default=0)
+        # bytes of row groups that may be held; a read takes twice its own size while it lasts
+        self._room = (memory_mb * 2**20 - OVERHEAD) / ALLOCATED - 2 * READERS * largest
+        self._kept: dict[int, dict] | None = {} if blocks_bytes(self.dataset.blocks) <= self._room else None
         self._position = 0  # samples of the epoch that were handed out, over all ranks
         self._resume: int | None = None
 
@@ -228,8 +231,7 @@ class PatchLoader:
         blocks, kept = self.dataset.blocks, self._kept
         reading: dict[int, Future] = {}  # what is held, or being read
         ahead: deque[Step] = deque()
-        largest = max((b.bytes for b in blocks), default=0)
-        room = (self._memory_bytes - OVERHEAD) / ALLOCATED - 2 * READERS * largest  # a read takes twice its own size while it lasts
+        room = self._room
         finished, upcoming = 0, next(steps, None)
         handful = max(1, HANDFUL * self.dataset.rows // (self.batch_size * max(1, blocks_bytes(blocks))))
         pool = ThreadPoolExecutor(READERS, "patch-reader")
