@@ -516,9 +516,14 @@ class Score(Section):
     segments: dict[str, Segment] = {}
     """Codes by class name; a class without them is an anatomical structure of some tissue, labelled with its name."""
 
+    features: bool = False
+    """True keeps what the last layer of a classifier sees of each image, as profiles of a screen; not of ensembles."""
+
     @property
     def outputs(self) -> list:
-        """What is written beside numbers, as plain data: part of what a prediction is. Empty for ``nifti``."""
+        """What is written beside numbers, as plain data: part of what a prediction is. Empty where nothing is."""
+        if self.features:
+            return ["features"]
         if self.masks == "nifti":
             return []
         return [self.masks, self.seg_type, {name: s.model_dump() for name, s in self.segments.items()}]
@@ -526,7 +531,8 @@ class Score(Section):
     @property
     def numbers(self) -> "Score":
         """The same without where and how outputs are written, and without other models: what belongs to a model."""
-        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments", "ensemble", "split_mb", *NIGHT}))
+        others = {"masks", "seg_folder", "seg_type", "segments", "features", "ensemble", "split_mb"}
+        return Score(**self.model_dump(exclude={*others, *NIGHT}))
 
     @property
     def cleaning(self) -> dict[str, Cleaning]:
@@ -657,6 +663,8 @@ class Config(Section):
                 f"score.masks {self.score.masks} wants score.seg_folder: DICOM SEG hold the names of patients, so they go to a "
                 "folder that is protected as the archive is, never into the lake"
             )
+        if self.score.features and (self.task != "classification" or self.score.ensemble):
+            raise ValueError("score.features are those of one classifier: not of a segmentation, not of score.ensemble")
         if self.score.masks != "nifti" and self.task != "segmentation":
             raise ValueError(f"score.masks {self.score.masks} is for segmentation, task is {self.task}")
         return self

@@ -129,6 +129,7 @@ PREDICTIONS = pa.schema(
             pa.list_(pa.float64()),
         ),  # against a label where there is one: Dice per class (null: absent in both), or correctness
         ("quantiles", pa.list_(pa.float64())),  # of the image's values: intensity.QUANTILES, channel by channel
+        ("features", pa.list_(pa.float32())),  # of the image, before the last layer (classification, where score.features)
         ("reliability", pa.list_(pa.float64())),  # against a label: metrics.reliability, of voxels or of the image
         ("seconds", pa.float64()),
         ("device", pa.string()),

@@ -92,7 +92,8 @@ def read_volume(header: VolumeHeader) -> Volume:
         if size > MAX_VOLUME_BYTES:
             raise Refused("TOO_LARGE", f"a volume of {header.shape} voxels")
         segments = segmentation.is_segmentation(header)
-        array = (_read_dicom if header.format == "dicom" else _read_segmentation if segments else _read_single)(header)
+        reads = {"dicom": _read_dicom, "plate": _read_field}
+        array = reads.get(header.format, _read_segmentation if segments else _read_single)(header)
         affine = np.array(header.affine, np.float64).reshape(4, 4)
         return Volume(array, affine, header.series_uid, header.modality, header.sources)
     except (Refused, isolation.Unavailable):
@@ -113,6 +114,17 @@ def _read_single(header: VolumeHeader) -> np.ndarray:
     ((_, data),) = _sources(header)
     read = {"nifti": nifti.read_array, "raster": raster.read_array}[header.format]
     return _of_shape(isolation.decode(read, data, what=f"{header.format} on source 1 of 1"), header)
+
+
+def _read_field(header: VolumeHeader) -> np.ndarray:
+    """The channels of a field of a plate, a picture each, in the order of the sources."""
+    planes = [None] * len(header.sources)
+    for n, data in _sources(header):
+        plane = isolation.decode(raster.read_array, data, what=f"raster on source {n + 1} of {len(header.sources)}")
+        if plane.shape != (1, *header.shape[1:]):
+            raise Refused("BAD_SHAPE", f"channel {n + 1} has shape {plane.shape}, the header says {(1, *header.shape[1:])}")
+        planes[n] = plane
+    return _of_shape(np.concatenate(planes), header)
 
 
 def _read_segmentation(header: VolumeHeader) -> np.ndarray:
