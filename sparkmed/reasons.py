@@ -113,6 +113,7 @@ SENTENCES = {
     "INDEX_MISMATCH": "The name of the file and the vendor's index contradict each other.",
     "MISSING_CHANNEL": "A channel of the field is missing.",
     "MISSING_FILE": "Files that the vendor's index names are not there.",
+    "NO_PROJECTION": "The image is a plane of a z-stack without the projection that the config asks for.",
     "NO_ENTRY": "The plate map does not know the well.",
     "NOT_IN_INDEX": "The vendor's index does not name the image.",
     "TWO_ENTRIES": "The plate map, or the table of barcodes, has two entries where one is wanted.",

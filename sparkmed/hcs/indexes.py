@@ -16,6 +16,7 @@ element is kept but what a plane needs. A DTD is refused whatever it says, so no
 """
 
 import csv
+import dataclasses
 import gzip
 import io
 import posixpath
@@ -53,7 +54,8 @@ class Index:
 
     ``images`` is by the path of the image relative to the folder of the index (the whole path or URL where the index has one, as in
     a CSV). ``channels`` are the vendor's names of channels by id. An index that names no image (HTD) says instead which ``wells``
-    were acquired, and how many ``sites`` there are at most. ``plates`` are the plates or barcodes that it names.
+    were acquired, and how many ``sites`` there are at most. ``plates`` are the plates or barcodes that it names. ``path`` and
+    ``uri`` are where it lies.
     """
 
     convention: str
@@ -62,25 +64,28 @@ class Index:
     channels: dict[str, str] = field(default_factory=dict)
     wells: frozenset[str] | None = None
     sites: int | None = None
+    path: str = ""
+    uri: str = ""
 
 
-def read(path: str, stream: BinaryIO, detail: BinaryIO | None = None) -> Index:
-    """The index at ``path``, whose name says of which vendor it is; ``detail`` is the ``.mrf`` beside an ``.mlf``.
+def read(path: str, stream: BinaryIO, detail: BinaryIO | None = None, uri: str = "") -> Index:
+    """The index at ``path`` in the archive, whose name says of which vendor it is; ``detail`` is the ``.mrf`` beside an ``.mlf``.
 
     Raises ``BROKEN_INDEX`` when it is truncated, malformed, lacks what places an image, or has a DTD, and ``TOO_LARGE``.
     """
     name = posixpath.basename(path)
     convention = index_convention(name)
-    if convention == "cellvoyager":
-        if not name.lower().endswith(".mlf"):
-            raise InputError(f"index {path}: wanted MeasurementData.mlf, and MeasurementDetail.mrf as its detail")
-        return cellvoyager(stream, detail)
-    readers = {"opera": harmony, "incell": incell, "csv": load_data}
-    if convention in readers:
-        return readers[convention](stream)
-    if convention == "imagexpress":
-        return metaxpress(stream, name[: name.rfind(".")])
-    raise InputError(f"index {path}: a name of no index file; wanted Index.idx.xml, *.mlf, *.xdce, *.HTD or load_data.csv")
+    if convention == "cellvoyager" and name.lower().endswith(".mlf"):
+        index = cellvoyager(stream, detail)
+    elif convention == "cellvoyager":
+        raise InputError(f"index {path}: wanted MeasurementData.mlf, and MeasurementDetail.mrf as its detail")
+    elif convention == "imagexpress":
+        index = metaxpress(stream, name[: name.rfind(".")])
+    elif convention:
+        index = {"opera": harmony, "incell": incell, "csv": load_data}[convention](stream)
+    else:
+        raise InputError(f"index {path}: a name of no index file; wanted Index.idx.xml, *.mlf, *.xdce, *.HTD or load_data.csv")
+    return dataclasses.replace(index, path=path, uri=uri or path)
 
 
 # XML

@@ -66,16 +66,16 @@ def xdce(images, position=True):
     text = "".join(
         f'<Image filename="{name}" thumbnail="{name}.thumb.jpg" acquisition_time_ms="1"><Well><Row number="{row}"/>'
         f'<Column number="{column}"/></Well>'
-        + ('<PlatePosition_um x="4500.5" y="-9000"/><FocusPosition unit="um" z="12.5"/>' if position else "")
-        + f'<Exposure time="50"/><EmissionFilter name="{emission}" wavelength="461"/><ExcitationFilter name="{excitation}" '
-        f'wavelength="390"/><Identifier field_index="{field - 1}" time_index="{time - 1}" wave_index="0" z_index="{z - 1}"/></Image>'
+        + ('<PlatePosition_um x="4500.5" y="-9000"/><FocusPosition z="12.5"/>' if position else "")
+        + f'<Exposure time="50"/><EmissionFilter name="{emission}"/><ExcitationFilter name="{excitation}"/>'
+        f'<Identifier field_index="{field - 1}" time_index="{time - 1}" wave_index="0" z_index="{z - 1}"/></Image>'
         for name, row, column, field, z, time, excitation, emission in images
     )
     return (
-        '<?xml version="1.0" encoding="utf-8"?><ImageStack xmlns="http://gehealthcare.com/incell"><AutoLeadAcquisitionProtocol>'
+        '<?xml version="1.0" encoding="utf-8"?><ImageStack xmlns="http://ge.com"><Protocol>'
         '<ObjectiveCalibration id="1" magnification="10" pixel_width="0.65" pixel_height="0.65" unit="um"/><PlateMap>'
-        '<FieldOffsets><offset_point index="0" x="-250" y="250"/><offset_point index="1" x="250" y="250"/></FieldOffsets></PlateMap>'
-        f'</AutoLeadAcquisitionProtocol><Images number="{len(images)}">{text}</Images></ImageStack>'
+        '<FieldOffsets><offset_point x="-250" y="250"/><offset_point x="250" y="250"/></FieldOffsets></PlateMap>'
+        f'</Protocol><Images number="{len(images)}">{text}</Images></ImageStack>'
     ).encode()
 
 
