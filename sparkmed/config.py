@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import pathlib
+import re
 import types
 import typing
 import unicodedata
@@ -559,6 +560,112 @@ class Vacuum(Section):
     """Days that it must have been left alone; longer than any run takes."""
 
 
+PLANE_GROUPS = frozenset({"plate", "batch", "well", "row", "column", "site", "z", "t", "channel"})
+"""What a pattern of ``plates.pattern`` may name."""
+
+
+def plane_pattern(text: str) -> re.Pattern[str]:
+    """The compiled pattern of a plane's path; :class:`InputError` when it is none, or its groups do not place a plane."""
+    try:
+        pattern = re.compile(text)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise InputError(f"pattern {text!r} is no regular expression: {e}") from None
+    groups = set(pattern.groupindex)
+    unknown = sorted(groups - PLANE_GROUPS)
+    if unknown:
+        raise InputError(f"pattern {text!r} names {', '.join(unknown)}, wanted groups among {', '.join(sorted(PLANE_GROUPS))}")
+    if ("well" in groups) == ({"row", "column"} <= groups) or ("well" in groups and groups & {"row", "column"}):
+        raise InputError(f"pattern {text!r} wants a group well, or row and column, got {', '.join(sorted(groups)) or 'none'}")
+    return pattern
+
+
+Treatment = Literal["negative", "positive", "empty", "treated"]
+PLATEMAP_COLUMNS = (
+    "plate", "well", "row", "column", "compound", "concentration", "unit", "solvent", "control", "moa", "cell_line", "replicate"
+)  # fmt: skip
+"""What a plate map may say of a well, by our names."""
+
+
+class PlateMaps(Section):
+    """What is in the wells: CSV or TSV tables of a row per well, and maybe one that joins the barcodes of plates with them."""
+
+    tables: Names = ()
+    """Path patterns, inside the archive, or URLs of the tables, such as ``platemap/*.txt``. A table without a column for the plate
+    is the map of its file's name."""
+    barcodes: str | None = None
+    """Path or URL of the table with ``Assay_Plate_Barcode`` and ``Plate_Map_Name``; None: a plate is named as its map."""
+    columns: dict[str, str] = {}
+    """Names of the tables' columns by ours, such as ``{control: SBS_Controls}``: plate, well (or row and column), compound,
+    concentration, unit, solvent, control, moa, cell_line, replicate. Usual names need not be given."""
+    constants: dict[str, str] = {}
+    """What holds for every well and is in no column, such as ``{cell_line: U2OS, unit: uM}``, by the same names."""
+    controls: dict[str, Treatment] = {}
+    """What the values of the column ``control`` mean: negative, positive, empty or treated, such as ``{"-1": negative}``. Usual
+    values (negcon, poscon, empty, trt) need not be given."""
+    blank: dict[str, Treatment] = {}
+    """What a well with an empty compound is, by its solvent, such as ``{DMSO: negative, "": empty}``; others are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_text(cls, data):
+        """YAML reads ``-1:`` as a number."""
+        if not isinstance(data, dict):
+            return data
+        return {k: {str(a): b for a, b in v.items()} if isinstance(v, dict) else v for k, v in data.items()}
+
+    @model_validator(mode="after")
+    def _knows_columns(self):
+        for where, keys in (("columns", self.columns), ("constants", self.constants)):
+            for key in sorted(set(keys) - set(PLATEMAP_COLUMNS)):
+                near = difflib.get_close_matches(key, PLATEMAP_COLUMNS, 1, 0.0)[0]
+                raise ValueError(f"{where} names {key}; did you mean {near}?")
+        both = sorted(set(self.columns) & set(self.constants))
+        if both:
+            raise ValueError(f"{', '.join(both)} is both in columns and in constants, wanted one")
+        return self
+
+
+def _pairs(value):
+    """A mapping as pairs, so that its order counts in a digest; ids may be numbers in YAML."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if isinstance(pairs, (list, tuple)):
+        return [tuple(str(x) if isinstance(x, int) else x for x in p) if isinstance(p, (list, tuple)) else p for p in pairs]
+    return pairs
+
+
+class Plates(Section):
+    """Plates of a screen: how the names of images are read, and which channels a field has."""
+
+    channels: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs), Field(min_length=1)]
+    """Names of the channels and the vendor's id of each, such as ``{DNA: 1, GFP: 2}``, in the order in which a network sees them.
+    Ids are as file names or the index have them (``1``, ``DAPI - DAPI``), or a channel's name there. Other channels are ignored."""
+    convention: Literal["imagexpress", "opera", "cellvoyager", "cellomics", "incell", "sbs"] | None = None
+    """Whose file names these are; None: whichever convention a name follows."""
+    pattern: str | None = None
+    """Regular expression of other file names, with named groups: well (or row and column), plate, batch, site, z, t, channel. It
+    is for the whole name of the file, or for its whole path if it has a ``/``."""
+    wells: Literal[6, 12, 24, 48, 96, 384, 1536] = 1536
+    """Wells of a plate; an image of a well beyond is refused."""
+    z: Literal["planes", "projections"] = "planes"
+    """``planes``: each z is a field of its own. ``projections``: only the vendor's projections are fields."""
+    index: bool = True
+    """False leaves vendors' index files aside."""
+    maps: PlateMaps | None = None
+    """Plate maps; None: nothing is known of the wells."""
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.pattern is not None:
+            if self.convention:
+                raise ValueError("pattern and convention both say how names are read, wanted one")
+            plane_pattern(self.pattern)
+        names, ids = zip(*self.channels, strict=True)
+        for what, some in (("names", names), ("ids", ids)):
+            if len(set(some)) < len(some) or "" in some:
+                raise ValueError(f"{what} of channels repeat or are empty: {list(some)}")
+        return self
+
+
 class Tracking(Section):
     """Where MLflow is."""
 
@@ -594,6 +701,8 @@ class Config(Section):
     deidentify: Deidentify = Deidentify()
     catalog: Catalog = Catalog()
     volumes: Volumes = Volumes()
+    plates: Plates | None = None
+    """Plates of a screen; None: the archive holds none."""
     preprocess: Preprocess = Preprocess()
     patches: Patches = Patches()
     train: Train = Train()

@@ -102,6 +102,23 @@ SENTENCES = {
     "LABEL_WITHOUT_SEGMENT": "The segmentation holds none of the segments that the config names.",
     "MIXED_PATHS": "Files of one series lie where different subjects are expected.",
     "TWO_LABELS": "The label table names the image twice.",
+    # plates
+    "BAD_WELL": "The name of a well is none, or the plate has no such well.",
+    "BROKEN_INDEX": "The vendor's index of a plate is damaged, incomplete, or not of its kind.",
+    "BROKEN_PLATEMAP": "The plate map or the table of barcodes is damaged, or lacks a column.",
+    "BAD_ENTRY": "What the plate map says of the well cannot be right.",
+    "DUPLICATE_PLANE": "Different files show the same channel of the same field.",
+    "EMPTY_SAMPLE": "The plate map names no compound for the well, and the config does not say what its solvent alone is.",
+    "FIELD_SIZE": "The image has another size than the plate's fields, or colours.",
+    "INDEX_MISMATCH": "The name of the file and the vendor's index contradict each other.",
+    "MISSING_CHANNEL": "A channel of the field is missing.",
+    "MISSING_FILE": "Files that the vendor's index names are not there.",
+    "NO_PROJECTION": "The image is a plane of a z-stack without the projection that the config asks for.",
+    "NO_ENTRY": "The plate map does not know the well.",
+    "NOT_IN_INDEX": "The vendor's index does not name the image.",
+    "TWO_ENTRIES": "The plate map, or the table of barcodes, has two entries where one is wanted.",
+    "UNKNOWN_BARCODE": "No plate map belongs to the plate.",
+    "UNKNOWN_NAME": "The name of the file follows no convention that the config allows.",
     # scoring
     "SEG_SOURCE": "No DICOM SEG can be written for an image of this kind.",
 }
