@@ -258,12 +258,14 @@ def _field(header: VolumeHeader, maps: platemap.Maps | None, config: Config, key
     subject = storage.component(group) if key is None else splits.pseudonym(group, key)
     if entry is None:
         return Member(header, subject)
-    said = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry) if f.name in platemap.TREATMENT}
-    header = dataclasses.replace(header, header=to_json(facts | {"treatment": {k: v for k, v in said.items() if v is not None}}))
+    said = {k: v for k, v in vars(entry).items() if v is not None and k not in ("well", "row", "column", "others")}
+    header = dataclasses.replace(header, header=to_json(facts | {"treatment": said}))
     name = getattr(entry, plates.target)
     if name is None or (plates.target == "control" and name not in config.classes):
         return Member(header, subject)
-    return Member(header, subject, splits.split_of(subject, config.volumes.splits, entry.others.get("split")), None, _class_index(name, config))
+    given = (split for split, wells in plates.splits.items() if any(fnmatch.fnmatchcase(facts["well"], w) for w in wells))
+    split = next(given, None) or splits.split_of(subject, config.volumes.splits)
+    return Member(header, subject, split, target=_class_index(name, config))
 
 
 def plate_maps(config: Config) -> tuple[platemap.Maps | None, list[Rejection]]:

@@ -652,6 +652,15 @@ class Plates(Section):
     """False leaves vendors' index files aside."""
     maps: PlateMaps | None = None
     """Plate maps; None: nothing is known of the wells."""
+    target: Literal["control", "moa", "compound"] = "control"
+    """What of a plate map is the class of a field. A well whose control type is none of ``classes``, or of which nothing is said,
+    has no label (``volumes.labels.allow_missing``)."""
+    split_by: Literal["compound", "plate", "batch", "well"] = "compound"
+    """What no split tears: all doses and replicates of a compound together (controls and empty wells by plate), or all of a plate,
+    of a batch, or the fields of a well."""
+    splits: dict[Split, Names] = {}
+    """By split the wells that are in it, as patterns such as ``{val: B*, test: [C*, D*]}``; the first that fits counts. Other wells
+    go by their hash, as ``volumes.splits`` says."""
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -27,8 +27,10 @@ __all__ = ["Instance", "Member", "VolumeHeader", "assemble", "inspect", "members
 _SEGMENTATIONS = {"dicom_seg": dicom_seg, "rtstruct": rtstruct}
 
 
-def read_instance(member: Member) -> Instance:
+def read_instance(member: Member, otherwise: dict | None = None) -> Instance:
     """What the headers of one file say, with the SHA-256 of its bytes; no pixel is decoded.
+
+    ``otherwise`` are the fields of a file whose content is of no known format, as its name makes it something.
 
     Raises :class:`Refused` and nothing else, whatever the bytes are. Reasons beside those of :mod:`dicom`, :mod:`nifti`
     and :mod:`raster`: ``EMPTY``, ``UNKNOWN_FORMAT``, ``UNREADABLE``, and those of :mod:`archive`.
@@ -38,7 +40,7 @@ def read_instance(member: Member) -> Instance:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
-            fields = _read_header(stream, size)
+            fields = _read_header(stream, size, otherwise)
     except Refused:
         raise
     except OSError as e:
@@ -57,7 +59,7 @@ def read_instance(member: Member) -> Instance:
     )
 
 
-def _read_header(stream, size: int) -> dict:
+def _read_header(stream, size: int, otherwise: dict | None) -> dict:
     """Fields of an :class:`Instance` by the content of the file, whatever its name."""
     if size == 0:
         raise Refused("EMPTY", "the file has no bytes")
@@ -76,6 +78,8 @@ def _read_header(stream, size: int) -> dict:
     head = nifti.head(start)
     if nifti.recognise(head):
         return nifti.read_header(head, size, start[:2] == nifti.GZIP_MAGIC)
+    if otherwise is not None:
+        return otherwise
     raise Refused("UNKNOWN_FORMAT", "not a DICOM, NIfTI, PNG, JPEG or TIFF file")
 
 

@@ -30,6 +30,8 @@ from sparkmed.hcs import wells
 from sparkmed.hcs.filenames import Plane, channel_id, index_convention
 from sparkmed.rejection import InputError, Refused
 
+FORMAT = "plate_index"
+"""Of the index in the catalog."""
 MOST_IMAGES = 5_000_000
 """An index of more images is refused: a plate of 1536 wells, 25 sites, 10 channels and 10 planes has fewer."""
 MOST_TEXT = 1 << 20

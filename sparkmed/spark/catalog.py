@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,8 @@ from pyspark.sql import functions as F
 
 from sparkmed import formats, storage, tables
 from sparkmed.formats import archive
-from sparkmed.formats.instance import READER
+from sparkmed.formats.instance import READER, to_json
+from sparkmed.hcs import filenames, indexes
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import splits
 from sparkmed.rejection import InputError, Refused, Rejection
@@ -204,11 +206,26 @@ def read_headers(file: storage.File, limits) -> Iterator:
                 yield member
                 continue
             try:
-                yield formats.read_instance(member)
+                yield formats.read_instance(member, of_index(member.path))
             except Refused as e:
                 yield e.at(member.uri, STAGE)
     except OSError as e:
         yield Rejection(storage.spelt(file.uri), STAGE, "UNREADABLE", e.strerror or type(e).__name__)
+
+
+def of_index(path: str) -> dict | None:
+    """The fields of an Instance that the name of a vendor's index file determines; None for other names."""
+    convention = filenames.index_convention(posixpath.basename(path))
+    if convention is None:
+        return None
+    plain = dict.fromkeys(("modality", "series_uid", "sop_uid", "sop_class", "transfer_syntax", "patient"), "")
+    return plain | {
+        "format": indexes.FORMAT,
+        "kind": "other",
+        "shape": (0, 0, 0, 0),
+        "affine": None,
+        "header": to_json({"source": convention}),
+    }
 
 
 def _unfinished(refusals: tables.Table, finished: int) -> list[str]:

@@ -96,7 +96,7 @@ def row(member: cohort.Member, label_counts: list[int] | None) -> dict:
 def group(instance: Instance, plates: bool = False) -> str:
     """What the instances of one volume share; of segmentations, what copies of one object share; of plates, the folder. Always
     text: Spark sorts keys when it spills."""
-    if plates and instance.format in ("raster", catalog.INDEX):
+    if plates and instance.format in ("raster", indexes.FORMAT):
         return repr((fields.FORMAT, filenames.plate_folder(posixpath.dirname(instance.path))))
     if instance.kind == "segmentation":
         return repr(("segmentation", instance.sop_uid or instance.sha256))
@@ -129,8 +129,8 @@ def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], 
 
 def _fields(instances: list[Instance], plates: Plates) -> tuple[list[VolumeHeader], list[Rejection]]:
     """Fields of the pictures in the folder of a plate, by their names and by the vendor's index if there is one."""
-    listed = [i for i in instances if i.format == catalog.INDEX]
-    pictures = [i for i in instances if i.format != catalog.INDEX]
+    listed = [i for i in instances if i.format == indexes.FORMAT]
+    pictures = [i for i in instances if i.format != indexes.FORMAT]
     index, rejections = None, []
     details = {i.path: i for i in listed if i.path.lower().endswith(".mrf")}
     wanted = [i for i in listed if i.path not in details and plates.index]
