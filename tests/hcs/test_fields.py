@@ -249,6 +249,20 @@ def test_nothing_is_lost(some, z):
         assert len(header.sources) == 2
 
 
+def test_a_plate_in_two_folders():
+    def plate(folder, dye):
+        names = (f"{folder}/AssayPlate_A01_T0001F00{f}L01A01Z01C01.tif" for f in (1, 2))
+        return assemble([picture(n, content=f"{dye}{n[-22:]}") for n in names], settings([("DNA", "1")])).headers
+
+    first, copy, other = plate("BC1", "x"), plate("BC2", "x"), plate("BC3", "y")
+    kept, rejections = fields.once([*copy, *first])
+    assert sorted(kept, key=lambda h: h.sources) == first
+    assert {r.uri: r.reason for r in rejections} == {u: "DUPLICATE_IMAGE" for h in copy for u in h.sources}
+    kept, rejections = fields.once([*other, *first])
+    assert kept == [] and {r.reason for r in rejections} == {"DUPLICATE_PLANE"} and len(rejections) == 4
+    assert rejections[0].message == "plate AssayPlate, well A01, site 1, z 1, t 1: different fields in BC1, BC3"
+
+
 # with an index
 
 
