@@ -629,8 +629,14 @@ def _pairs(value):
     """A mapping as pairs, so that its order counts in a digest; ids may be numbers in YAML."""
     pairs = list(value.items()) if isinstance(value, dict) else value
     if isinstance(pairs, (list, tuple)):
-        return [tuple(str(x) if isinstance(x, int) else x for x in p) if isinstance(p, (list, tuple)) else p for p in pairs]
+        return [tuple(map(_channel_text, p)) if isinstance(p, (list, tuple)) else p for p in pairs]
     return pairs
+
+
+def _channel_text(value):
+    """Text of a number; without leading zeros, as file names are read."""
+    text = str(value) if isinstance(value, int) else value
+    return text.lstrip("0") or "0" if isinstance(text, str) and text.isascii() and text.isdigit() else text
 
 
 class Plates(Section):

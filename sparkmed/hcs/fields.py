@@ -85,6 +85,28 @@ def assemble(instances: Iterable[Instance], settings: Plates, index: Index | Non
     return Fields(headers, sorted(found.rejections, key=lambda r: (r.uri, r.reason, r.message)), dict(sorted(found.others.items())))
 
 
+def once(headers: Iterable[VolumeHeader]) -> tuple[list[VolumeHeader], list[Rejection]]:
+    """Fields of all plates, each place once: folders may hold copies of a plate, or plates that the vendor gave one name.
+
+    Of copies (one uid) the first by its path stays, the sources of the others are ``DUPLICATE_IMAGE``; different fields of one
+    plate, well, site, z and t are all refused as ``DUPLICATE_PLANE``.
+    """
+    by_place: dict[tuple, list[VolumeHeader]] = defaultdict(list)
+    for header in sorted(headers, key=lambda h: h.source_paths):
+        facts = header.facts
+        by_place[tuple(facts.get(k) for k in ("plate", "well", "site", "z", "t"))].append(header)
+    kept, rejections = [], []
+    for place, same in by_place.items():
+        differ = len({h.uid for h in same}) > 1
+        kept += [] if differ else same[:1]
+        reason, what = ("DUPLICATE_PLANE", "different fields") if differ else ("DUPLICATE_IMAGE", "copies of one field")
+        folders = ", ".join(dict.fromkeys(posixpath.dirname(h.source_paths[0]) for h in same[:3]))
+        message = f"{_place(Plane(**dict(zip(('plate', 'well', 'site', 'z', 't'), place, strict=True))))}: {what} in {folders}"
+        for header in same if differ else same[1:]:
+            rejections += [Rejection(uri, STAGE, reason, message) for uri in header.sources]
+    return kept, rejections
+
+
 class _Found:
     """What is no field, while images go through the steps of :func:`assemble`."""
 

@@ -20,6 +20,7 @@ import dataclasses
 import gzip
 import io
 import posixpath
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -182,12 +183,13 @@ def _elements(stream: BinaryIO, root: str | None, *wanted: str) -> Iterator[_Ele
 
 # values
 
+_WHOLE = re.compile(r"\s*[0-9]{1,9}\s*", re.ASCII)
+
 
 def _whole(text: str | None, what: str) -> int:
-    try:
-        return int((text or "").strip())
-    except ValueError:
-        raise Refused("BROKEN_INDEX", f"{what} of an image is {(text or '')[:40]!r}, wanted a whole number") from None
+    if not _WHOLE.fullmatch(text or ""):
+        raise Refused("BROKEN_INDEX", f"{what} of an image is {(text or '')[:40]!r}, wanted a whole number")
+    return int(text or "")
 
 
 def _number(text: str | None, what: str) -> float | None:
@@ -195,7 +197,7 @@ def _number(text: str | None, what: str) -> float | None:
     if text is None or not text.strip():
         return None
     try:
-        value = float(text)
+        value = float(text) if "_" not in text else float("nan")
     except ValueError:
         value = float("nan")
     if not abs(value) < 1e9:

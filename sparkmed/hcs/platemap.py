@@ -1,8 +1,8 @@
 """Plate maps: what is in each well, from CSV or TSV tables of a row per well, and the barcodes that join plates with maps.
 
 Columns go by the names that the config gives, else by usual ones (those of the LINCS and JUMP Cell Painting maps), in any case and
-with or without ``Metadata_``. Cells that are blank, ``NA``, ``N/A``, ``NaN``, ``null`` or ``None`` say nothing. What is wrong with a
-well is told when the well is asked for, so that the images of all other wells stay.
+with or without ``Metadata_``. Cells that are blank, ``NA``, ``N/A``, ``NaN``, ``null`` or ``None`` say nothing. What is wrong with
+a well is told when the well is asked for, so that the images of all other wells stay.
 """
 
 import csv
@@ -49,8 +49,8 @@ _BARCODES = (("assay_plate_barcode", "barcode", "plate"), ("plate_map_name", "pl
 class Entry:
     """What one well of a plate map holds.
 
-    ``compound`` is an InChIKey or another id, ``concentration`` in ``unit``; ``control`` is ``negative``, ``positive``, ``empty``, or None
-    for a treated well. What the table does not say is None; ``others`` are its further columns.
+    ``compound`` is an InChIKey or another id, ``concentration`` in ``unit``; ``control`` is ``negative``, ``positive``, ``empty``,
+    or None for a treated well. What the table does not say is None; ``others`` are its further columns.
     """
 
     plate_map: str
@@ -79,11 +79,11 @@ class Maps:
 def read(
     tables: Iterable[tuple[str, bytes]], settings: PlateMaps, barcodes: bytes | None = None, size: int = 1536
 ) -> tuple[Maps, list[Rejection]]:
-    """The maps of ``tables``, (URI or path, bytes) each, and a rejection per table that cannot be read.
+    """The maps of ``tables``, (URI or path, bytes) each, and a rejection per table or row that cannot be read.
 
-    A table may hold several maps; one without a column for the plate is named as its file. ``size`` is the number of wells of a plate.
-    Reasons: ``BROKEN_PLATEMAP``. Raises it too for a table of barcodes that cannot be read, and :class:`InputError` when the config
-    names a column that a table lacks.
+    A table may hold several maps; one without a column for the plate is named as its file. ``size`` is the number of wells of a
+    plate. Reasons: ``BROKEN_PLATEMAP``, and ``BAD_WELL`` for a row that no well of a plate is. Raises ``BROKEN_PLATEMAP`` for a
+    table of barcodes that cannot be read, and :class:`InputError` when the config names a column that a table lacks.
     """
     rejections: list[Rejection] = []
     found: dict[str, dict[str, Entry | Refused]] = {}
@@ -95,7 +95,10 @@ def read(
             continue
         stem = posixpath.basename(uri).removesuffix(".gz").rpartition(".")[0] or posixpath.basename(uri)
         for cells in rows:
-            _add(found, cells, known, others, settings, stem, size)
+            try:
+                _add(found, cells, known, others, settings, stem, size)
+            except Refused as e:
+                rejections.append(e.at(uri, STAGE))
     return Maps(found, None if barcodes is None else _read_barcodes(barcodes)), rejections
 
 
@@ -214,7 +217,7 @@ def _add(
             column = int(number) if number.isascii() and number.isdigit() and len(number) < 4 else 0
             row, column = wells.within(wells.row_number(said.get("row", "")), column, size)
     except Refused as e:
-        raise InputError(f"plate map {plate}: {e.message}") from None
+        raise Refused(e.reason, f"plate map {plate}: {e.message}") from None
     well = wells.name(row, column)
     if well in by_well:
         by_well[well] = Refused("TWO_ENTRIES", f"plate map {plate} has more than one entry for the well {well}")
@@ -235,7 +238,7 @@ def _entry(said: dict[str, str], known: dict[str, str], settings: PlateMaps, pla
     concentration = None
     if "concentration" in said:
         try:
-            concentration = float(said["concentration"])
+            concentration = float(said["concentration"].replace("_", "?"))  # Python reads 1_0 as 10
         except ValueError:
             concentration = math.nan
         if not 0 <= concentration < math.inf:
@@ -249,7 +252,7 @@ def _entry(said: dict[str, str], known: dict[str, str], settings: PlateMaps, pla
 
 
 def _control(said: dict[str, str], known: dict[str, str], settings: PlateMaps) -> str | None:
-    """``negative``, ``positive``, ``empty``, ``treated`` or None: by the column of controls, else by the solvent of an empty well."""
+    """A ``Treatment`` of the config or None: by the column of controls, else by the solvent of a well without a compound."""
     value = said.get("control")
     kind = None
     if value is not None:

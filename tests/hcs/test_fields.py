@@ -5,6 +5,8 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparkmed import config, reasons
 from sparkmed.formats.instance import Instance
@@ -225,6 +227,40 @@ def test_a_pattern():
     (header,) = done.headers
     assert names(header) == ["b2_B03_gfp.png", "b2_B03_dna.png"]
     assert (header.facts["batch"], header.facts["plate"], header.facts["source"]) == ("b2", "P9", "pattern")
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["", "Images/", "Images/r01c01/", "TimePoint_1/", "TimePoint_1/ZStep_0/", "TimePoint_1/ZStep_2/"]),
+            st.sampled_from(["r01c01f01p01-ch1sk1fk1fl1.tiff", "r01c01f01p01-ch2sk1fk1fl1.tiff", "A01_s1_w1.tif", "A01_s1_w2.tif",
+                             f"A01_s1_w1_thumb{UUID}.tif", "B99_s1_w1.tif", "Channel1-01-A-01.tif", "x.png", "A01_s1_w3.tif"]),
+            st.integers(0, 1),
+            st.sampled_from([(1, 8, 6, 1), (1, 8, 6, 1), (1, 4, 3, 1), (3, 8, 6, 1)]),
+        ),
+        unique_by=lambda x: x[:2],
+        max_size=20,
+    ),
+    st.sampled_from(["planes", "projections"]),
+)  # fmt: skip
+def test_nothing_is_lost(some, z):
+    pictures = [picture(f"P/{folder}{name}", shape, str(content)) for folder, name, content, shape in some]
+    for header in assemble(pictures, settings(z=z)).headers:
+        assert len(header.sources) == 2
+
+
+def test_a_plate_in_two_folders():
+    def plate(folder, dye):
+        names = (f"{folder}/AssayPlate_A01_T0001F00{f}L01A01Z01C01.tif" for f in (1, 2))
+        return assemble([picture(n, content=f"{dye}{n[-22:]}") for n in names], settings([("DNA", "1")])).headers
+
+    first, copy, other = plate("BC1", "x"), plate("BC2", "x"), plate("BC3", "y")
+    kept, rejections = fields.once([*copy, *first])
+    assert sorted(kept, key=lambda h: h.sources) == first
+    assert {r.uri: r.reason for r in rejections} == {u: "DUPLICATE_IMAGE" for h in copy for u in h.sources}
+    kept, rejections = fields.once([*other, *first])
+    assert kept == [] and {r.reason for r in rejections} == {"DUPLICATE_PLANE"} and len(rejections) == 4
+    assert rejections[0].message == "plate AssayPlate, well A01, site 1, z 1, t 1: different fields in BC1, BC3"
 
 
 # with an index

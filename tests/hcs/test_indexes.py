@@ -3,6 +3,8 @@ import io
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparkmed.hcs import filenames, indexes
 from sparkmed.hcs.filenames import Plane
@@ -67,6 +69,9 @@ def test_a_plate_that_does_not_know_its_pixels():
         ("<ChannelID>1</ChannelID>", "", "an image has no ChannelID"),
         ('<PositionX Unit="m">', '<PositionX Unit="furlong">', "PositionX is in 'furlong', a unit that is not known"),
         ("-0.000646", "nan", "PositionX is 'nan', wanted a number"),
+        ("<Row>1</Row>", "<Row>1_0</Row>", "Row of an image is '1_0'"),
+        ("<Row>1</Row>", "<Row>-1</Row>", "Row of an image is '-1'"),
+        ("-0.000646", "1_0", "PositionX is '1_0', wanted a number"),
         ("-0.000646", "far", "PositionX is 'far', wanted a number"),
         ("ch2sk1", "ch1sk1", "is two different images"),
         ("EvaluationInputData", "Results", "the root is <Results>, wanted <EvaluationInputData>"),
@@ -262,6 +267,18 @@ def test_memory_does_not_grow_with_what_is_not_kept(monkeypatch):
     images = [(f"r01c01f{n:03d}p01-ch1sk1fk1fl1.tiff", 1, 1, n, 1, 0, 1) for n in range(2000)]
     assert len(read("Index.idx.xml", vendors.harmony(images)).images) == 2000
     assert max(kept) < 300  # elements of one chunk
+
+
+@given(st.sampled_from(sorted(WHOLE)), st.integers(0, 10**6), st.binary(max_size=8), st.integers(0, 8))
+def test_whatever_the_bytes_are_it_is_an_index_or_refused(name, at, new, gone):
+    data, detail = WHOLE[name]
+    at %= len(data)
+    try:
+        index = read(name, data[:at] + new + data[at + gone :], detail)
+    except Refused as e:
+        assert e.reason == "BROKEN_INDEX"
+    else:
+        assert all(i.plane.kind for i in index.images.values())
 
 
 def test_too_many_images(monkeypatch):
