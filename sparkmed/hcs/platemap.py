@@ -70,10 +70,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Maps:
-    """Plate maps by name and well, and the name of the map by the barcode of the plate (None: a plate is named as its map)."""
+    """Plate maps by name and well, and the name of the map by the barcode of the plate (None: a plate is named as its map).
+
+    ``every`` is the one map that holds for every plate: the only table, where it names no plate and there are no barcodes.
+    """
 
     wells: Mapping[str, Mapping[str, Entry | Refused]]
     barcodes: Mapping[str, str | Refused] | None = None
+    every: str | None = None
 
 
 def read(
@@ -87,27 +91,32 @@ def read(
     """
     rejections: list[Rejection] = []
     found: dict[str, dict[str, Entry | Refused]] = {}
+    tables = list(tables)
+    nameless = len(tables) == 1 and barcodes is None and "plate" not in settings.constants
     for uri, data in tables:
         try:
             rows, known, others = _table(data, settings, uri)
         except Refused as e:
             rejections.append(e.at(uri, STAGE))
             continue
+        nameless = nameless and "plate" not in known
         stem = posixpath.basename(uri).removesuffix(".gz").rpartition(".")[0] or posixpath.basename(uri)
         for cells in rows:
             try:
                 _add(found, cells, known, others, settings, stem, size)
             except Refused as e:
                 rejections.append(e.at(uri, STAGE))
-    return Maps(found, None if barcodes is None else _read_barcodes(barcodes)), rejections
+    every = next(iter(found), None) if nameless else None
+    return Maps(found, None if barcodes is None else _read_barcodes(barcodes), every), rejections
 
 
 def entry(maps: Maps, plate: str | None, well: str) -> Entry:
-    """What is in a well of a plate, which is named by its barcode, or by its map where there are no barcodes.
+    """What is in a well of a plate, which is named by its barcode, or by its map where there are no barcodes; of any plate, where
+    one map holds for every one.
 
     Raises ``UNKNOWN_BARCODE`` (with the nearest known), ``NO_ENTRY``, ``TWO_ENTRIES``, ``EMPTY_SAMPLE`` or ``BAD_ENTRY``.
     """
-    name = plate or ""
+    name = maps.every if maps.every is not None else plate or ""
     if maps.barcodes is not None:
         known = maps.barcodes.get(name)
         if known is None:
