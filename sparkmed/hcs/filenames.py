@@ -77,6 +77,8 @@ _INCELL = _compiled(
 _SBS = _compiled(rf"Channel({_N})-{_N}-([a-z]{{1,2}})-([0-9]{{1,3}}){_IMAGE}")
 _STEP = _compiled(rf"(TimePoint|ZStep)_({_N})")
 _WELL_FOLDER = _compiled(rf"r{_N}c{_N}")
+_ARCHIVE = _compiled(r"\.(?:zip|tar|tgz|tar\.[a-z0-9]+)$")
+"""A plate may come as one archive, which is a folder of the paths inside."""
 _MEASUREMENT = re.compile(r"(.+?)__[0-9]{4}-[0-9]{2}-[0-9]{2}T.*", re.ASCII)
 
 
@@ -110,7 +112,7 @@ def _steps(folder: str) -> tuple[str | None, int | None, int | None]:
     while parts and (found := _STEP.fullmatch(parts[-1])):
         numbers[found[1].lower()] = int(found[2])
         parts.pop()
-    return (parts[-1] or None) if parts else None, numbers.get("timepoint"), numbers.get("zstep")
+    return (_ARCHIVE.sub("", parts[-1]) or None) if parts else None, numbers.get("timepoint"), numbers.get("zstep")
 
 
 @functools.lru_cache(4096)
@@ -130,7 +132,7 @@ def plate_folder(folder: str) -> str:
 
 @functools.lru_cache(4096)
 def _folder_plate(folder: str) -> str | None:
-    last = plate_folder(folder).rpartition("/")[2]
+    last = _ARCHIVE.sub("", plate_folder(folder).rpartition("/")[2])
     found = _MEASUREMENT.fullmatch(last)
     return (found[1] if found else last) or None
 

@@ -25,6 +25,7 @@ IMAGEXPRESS = {
     f"P/Z_AA01_w10{UUID}.tif": ("image", "Z", "AA01", None, None, None, "10"),  # one site
     "P/Plate10x4sites_A01_s1_w1.TIF": ("image", "Plate10x4sites", "A01", 1, None, None, "1"),
     "P/TimePoint_1/A01_s02_w1.tif": ("image", "P", "A01", 2, None, 1, "1"),  # plate by its folder
+    "runs/P2.tar.gz/TimePoint_1/A01_s02_w1.tif": ("image", "P2", "A01", 2, None, 1, "1"),
     "P/a01_s1_w1.tif": ("image", "P", "A01", 1, None, None, "1"),
     f"P/Q_B02{UUID}.tif": ("image", "Q", "B02", None, None, None, None),  # one site and one wavelength
     f"P/Q_B02_s3{UUID.lower()}.tif": ("image", "Q", "B02", 3, None, None, None),
@@ -42,6 +43,7 @@ OPERA = {
     "P7/Images/r02c03f04p05-ch6sk7fk1fl1.tiff": ("image", "P7", "B03", 4, 5, 7, "6"),
     "P7/r32c48f100p12-ch10sk120fk1fl1.tiff": ("image", "P7", "AF48", 100, 12, 120, "10"),
     "P7/images/r03c07/r03c07f01p01-ch01t01.tiff": ("image", "P7", "C07", 1, 1, 1, "1"),  # Harmony 7
+    "P7.zip/r03c07f01p01-ch01t01.tiff": ("image", "P7", "C07", 1, 1, 1, "1"),
     "r03c07f001p01-ch12t113.tiff": ("image", None, "C07", 1, 1, 113, "12"),
     "P7/Images/R01C01F01P01-CH1SK1FK1FL1.TIFF".replace("-CH", "-ch"): ("image", "P7", "A01", 1, 1, 1, "1"),
 }  # fmt: skip
