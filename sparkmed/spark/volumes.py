@@ -119,21 +119,34 @@ def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], 
         if plates is not None and key.startswith(repr((fields.FORMAT,))[:-2]):
             return _fields(list(instances), plates)
         with decoding():  # copies of an instance are compared
-            return series.assemble(instances, settings)
+            return *series.assemble(instances, settings), {}
 
-    for found, refused in grouped.map(assembled).collect():
+    other_kinds = Counter()
+    for found, refused, others in grouped.map(assembled).collect():
         headers += found
         rejections += refused
+        other_kinds.update(others)
+    if plates is not None:
+        wells, copies = fields.once(h for h in headers if h.format == fields.FORMAT)
+        headers = [h for h in headers if h.format != fields.FORMAT] + wells
+        rejections += copies
+        if not wells and other_kinds["other channel"]:
+            raise InputError(
+                f"no image of the archive is of plates.channels {dict(plates.channels)}, {other_kinds['other channel']} are of other "
+                "channels: wanted the ids that file names or the index have"
+            )
     return sorted(headers, key=lambda h: h.source_paths), sorted(rejections, key=lambda r: (r.uri, r.reason))
 
 
-def _fields(instances: list[Instance], plates: Plates) -> tuple[list[VolumeHeader], list[Rejection]]:
-    """Fields of the pictures in the folder of a plate, by their names and by the vendor's index if there is one."""
+def _fields(instances: list[Instance], plates: Plates) -> tuple[list[VolumeHeader], list[Rejection], Counter]:
+    """Fields of the pictures in the folder of a plate, by their names and by the vendor's index if there is one; refusals; and how
+    many pictures are of what other kind."""
     listed = [i for i in instances if i.format == indexes.FORMAT]
     pictures = [i for i in instances if i.format != indexes.FORMAT]
     index, rejections = None, []
     details = {i.path: i for i in listed if i.path.lower().endswith(".mrf")}
     wanted = [i for i in listed if i.path not in details and plates.index]
+    wanted = [i for i in wanted if i.facts["source"] != "csv"] or wanted  # the vendor's own before a list of somebody else's
     if len(wanted) > 1:
         message = f"{len(wanted)} index files in the folder of one plate; plates.index: false leaves them aside"
         rejections += [Rejection(i.uri, STAGE, "BROKEN_INDEX", message) for i in wanted]
@@ -145,7 +158,7 @@ def _fields(instances: list[Instance], plates: Plates) -> tuple[list[VolumeHeade
         except Refused as e:
             rejections.append(e.at(wanted[0].uri, STAGE))
     found = fields.assemble(pictures, plates, index)
-    return found.headers, rejections + found.rejections
+    return found.headers, rejections + found.rejections, Counter(found.others.values())
 
 
 def _fitting(members: list[cohort.Member], config: Config) -> tuple[list[cohort.Member], list[Rejection]]:
