@@ -132,8 +132,8 @@ def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], 
         rejections += copies
         if not wells and other_kinds["other channel"]:
             raise InputError(
-                f"no image of the archive is of plates.channels {dict(plates.channels)}, {other_kinds['other channel']} are of other "
-                "channels: wanted the ids that file names or the index have"
+                f"no image of the archive is of plates.channels {dict(plates.channels)}, {other_kinds['other channel']} are of "
+                "other channels: wanted the ids that file names or the index have"
             )
     return sorted(headers, key=lambda h: h.source_paths), sorted(rejections, key=lambda r: (r.uri, r.reason))
 
