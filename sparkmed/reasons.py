@@ -102,6 +102,9 @@ SENTENCES = {
     "LABEL_WITHOUT_SEGMENT": "The segmentation holds none of the segments that the config names.",
     "MIXED_PATHS": "Files of one series lie where different subjects are expected.",
     "TWO_LABELS": "The label table names the image twice.",
+    # plates
+    "DEPENDENT_FEATURES": "Features of the plate's controls are sums of each other, so they cannot be made uncorrelated.",
+    "NO_CONTROLS": "The plate has no control wells, or too few, to be normalised by.",
     # scoring
     "SEG_SOURCE": "No DICOM SEG can be written for an image of this kind.",
 }

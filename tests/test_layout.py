@@ -24,7 +24,7 @@ LAYERS = [
     {"storage"},
     {"cache", "identity", "imaging", "lease", "tables"},
     {"formats", "pictures"},
-    {"cohort", "dataset", "drift"},
+    {"cohort", "dataset", "drift", "hcs"},
     {"learning"},
     {"scoring", "tracking", "training"},
     {"spark", "gates", "arrivals"},
