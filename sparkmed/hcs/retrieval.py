@@ -82,9 +82,9 @@ def moa_matching(
     """NSC and NSCB accuracy of treatment profiles (one row per compound, dose and, for NSCB, batch), by cosine similarity.
 
     Each profile gets the mechanism of its nearest neighbour that is not of its compound (Ljosa et al. 2013, J Biomol Screen
-    18:1321) nor, for NSCB, of its batch (Ando et al. 2017, bioRxiv 161422). ``cells`` is the column of cell counts, whose difference
-    tells the baseline's nearest; neighbours equally near share one vote, whatever the order of rows. Rows without a
-    mechanism take no part. ``trained`` are the values, by column, that the model behind the features was trained on.
+    18:1321) nor, for NSCB, of its batch (Ando et al. 2017, bioRxiv 161422). ``cells`` is the column of cell counts, by whose
+    difference the baseline goes. Neighbours equally near share one vote, whatever the order of rows. Rows without a mechanism take
+    no part. ``trained`` are the values, by column, that the model behind the features was trained on.
 
     Raises :class:`InputError` for features that are missing, and by :func:`require_disjoint`.
     """
@@ -198,15 +198,16 @@ def consistency(
     features: Sequence[str],
     cells: str,
     moa: str = "moa",
-    compound: str = "compound",
+    apart: Sequence[str] = ("compound",),
     null: int = 10_000,
     seed: int = 0,
     trained: Mapping[str, Collection] | None = None,
 ) -> pd.DataFrame:
-    """By mechanism, whether profiles of its other compounds rank before those of other mechanisms: :func:`mean_average_precision`,
-    with ``map_cells``, ``p_cells`` and ``q_cells`` of the cell count alone. Rows without a mechanism take no part."""
+    """By mechanism, whether its other profiles rank before those of other mechanisms: :func:`mean_average_precision`, with
+    ``map_cells``, ``p_cells`` and ``q_cells`` of the cell count alone. Profiles of one mechanism must differ in all of ``apart`` to
+    count for each other; add the batch to see past it. Rows without a mechanism take no part."""
     known = table[table[moa].notna()]
-    rule = {"same": [moa], "differ": [compound], "against_differ": [moa]}
+    rule = {"same": [moa], "differ": list(apart), "against_differ": [moa]}
     return _beside_cells(known, features, cells, [moa], rule, null, seed, trained)
 
 
