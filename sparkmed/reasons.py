@@ -119,6 +119,8 @@ SENTENCES = {
     "TWO_ENTRIES": "The plate map, or the table of barcodes, has two entries where one is wanted.",
     "UNKNOWN_BARCODE": "No plate map belongs to the plate.",
     "UNKNOWN_NAME": "The name of the file follows no convention that the config allows.",
+    "DEPENDENT_FEATURES": "Features of the plate's controls are sums of each other, so they cannot be made uncorrelated.",
+    "NO_CONTROLS": "The plate has no control wells, or too few, to be normalised by.",
     # scoring
     "SEG_SOURCE": "No DICOM SEG can be written for an image of this kind.",
 }
