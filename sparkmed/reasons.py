@@ -102,6 +102,15 @@ SENTENCES = {
     "LABEL_WITHOUT_SEGMENT": "The segmentation holds none of the segments that the config names.",
     "MIXED_PATHS": "Files of one series lie where different subjects are expected.",
     "TWO_LABELS": "The label table names the image twice.",
+    # plates: fields and cells
+    "DARK_PLATE": "The mean of the plate's fields is dark, so nothing can be divided by it.",
+    "FEW_FIELDS": "The plate has too few fields to estimate its light.",
+    "FIELD_SHAPE": "The field has another shape than the others of its plate.",
+    "FLAT_CONTROLS": "The pixels of the plate's controls do not vary, so they give no scale.",
+    "MASK_EMPTY": "The mask of a nucleus holds no pixel.",
+    "MASK_OVERLAP": "Masks of different nuclei share too many pixels.",
+    "MASK_SHAPE": "The mask of a nucleus has another shape than its image.",
+    "NO_CONTROLS": "The plate has no field of a control, so its intensities have no scale.",
     # scoring
     "SEG_SOURCE": "No DICOM SEG can be written for an image of this kind.",
 }
