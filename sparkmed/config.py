@@ -219,7 +219,7 @@ class Illumination(Section):
     """Path or URL of the user's own functions as ``.npy`` of (rows, columns), with ``{plate}`` and ``{channel}`` in it, such as
     ``illum/{plate}_Illum{channel}.npy``; None: they are estimated from the fields of the plate."""
     radius: Annotated[float, Field(gt=0, le=0.5)] = 0.2
-    """Radius of the median filter over the mean field, as a share of the field's longer edge: cells are smaller, light is larger."""
+    """Radius of the median filter over the mean field, as a share of the field's longer edge: larger than cells."""
     least_fields: Positive = 20
     """Fields of a plate below which a function is not estimated: the cells of fewer would be taken for light."""
 
@@ -235,8 +235,8 @@ class FieldQuality(Section):
     empty: Annotated[float, Field(ge=0)] | None = 0.0
     """``empty``: the standard deviation, in grey levels, is not above this."""
     slope: float | None = None
-    """``blurred``: the log-log slope of the power spectrum is below this (about -2 for sharp fields, towards -4 and below for blurred
-    ones; Bray 2012)."""
+    """``blurred``: the log-log slope of the power spectrum is below this: the more negative, the more blurred (Bray
+    et al. 2012)."""
     focus: Annotated[float, Field(ge=0)] | None = None
     """``blurred``: the focus score is below this."""
     background: Annotated[float, Field(ge=0)] | None = None
@@ -252,14 +252,15 @@ class Nuclei(Section):
 
     channel: str = "DNA"
     """Name of the channel."""
-    diameter: Annotated[float, Field(gt=0)] = 20.0
-    """Of a typical nucleus."""
+    diameter: Annotated[float, Field(gt=0)] | None = None
+    """Of a typical nucleus; None: estimated in each field, so that fields of few or merged nuclei may be judged differently."""
     unit: Literal["px", "um"] = "px"
-    threshold: Literal["otsu", "li", "local"] = "otsu"
-    """``otsu`` and ``li``: one for the whole field. ``local``: above the Gaussian mean of the surroundings too, for uneven ground."""
-    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.05
+    threshold: Literal["otsu", "li", "local"] = "local"
+    """``otsu`` and ``li``: one for the whole field. ``local``: a lower one than Otsu's, and above the mean of the surroundings, so
+    that dim nuclei are found beside bright ones."""
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Standard deviation of the Gaussian before the threshold, as a share of the diameter."""
-    split: Annotated[float, Field(gt=0, le=1)] = 0.1
+    split: Annotated[float, Field(gt=0, le=1)] = 0.05
     """How much deeper than the neck between them two touching nuclei must be to be two, as a share of the radius."""
     smallest: Annotated[float, Field(ge=0)] = 0.1
     """Smallest area, as a share of that of a circle of the diameter; smaller objects are dropped."""

@@ -153,8 +153,8 @@ def correct(array: np.ndarray, lights: Sequence[Light | None]) -> np.ndarray:
 
 
 def read(files: str, plate: str, channel: str) -> Light:
-    """The user's own function: ``files`` with ``{plate}`` and ``{channel}`` filled in is a ``.npy`` of (rows, columns), the order in
-    which CellProfiler saves them, and is used as it is.
+    """The user's own function, used as it is: ``files`` with ``{plate}`` and ``{channel}`` filled in is a ``.npy`` of (rows,
+    columns), as CellProfiler saves them.
 
     Raises :class:`InputError` when there is none, or when it holds anything but finite numbers above 0.
     """
@@ -201,7 +201,7 @@ def _median(values: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _interpolated(values: np.ndarray, centres: np.ndarray, n: int, axis: int) -> np.ndarray:
-    """``values`` along ``axis`` at 0 to n - 1, given those at ``centres``; elementwise, so that every machine gives the same bits."""
+    """``values`` along ``axis`` at 0 to n - 1, given those at ``centres``; elementwise: no bit depends on the number of threads."""
     if len(centres) == 1:
         return np.repeat(values, n, axis)
     at = np.arange(n)

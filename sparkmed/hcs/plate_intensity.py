@@ -94,7 +94,7 @@ class Histogram:
         """
         if spec.kind not in ("zscore", "percentile") or spec.nonzero:
             raise InputError(
-                f"against controls intensity is of kind zscore or percentile over all pixels, got {spec.kind}, nonzero {spec.nonzero}"
+                f"against controls intensity is zscore or percentile over all pixels, got {spec.kind} and nonzero {spec.nonzero}"
             )
         if not self.levels.size:
             raise Refused("NO_CONTROLS", "the plate has no field of a control in this channel")

@@ -76,7 +76,7 @@ def test_what_has_no_scale_says_why(kind):
 def test_other_kinds_need_no_controls():
     with pytest.raises(InputError, match="window"):
         Histogram.of(np.arange(9)).compute(Intensity(kind="window", low=0, high=1))
-    with pytest.raises(InputError, match="nonzero True"):
+    with pytest.raises(InputError, match="zscore and nonzero True"):
         Histogram.of(np.arange(9)).compute(Intensity(nonzero=True))
 
 
