@@ -103,6 +103,7 @@ SENTENCES = {
     "MIXED_PATHS": "Files of one series lie where different subjects are expected.",
     "TWO_LABELS": "The label table names the image twice.",
     # plates: fields and cells
+    "CENTRE_OUTSIDE": "The table of cells places a cell beyond its field.",
     "DARK_PLATE": "The mean of the plate's fields is dark, so nothing can be divided by it.",
     "FEW_FIELDS": "The plate has too few fields to estimate its light.",
     "FIELD_SHAPE": "The field has another shape than the others of its plate.",
@@ -111,6 +112,7 @@ SENTENCES = {
     "MASK_OVERLAP": "Masks of different nuclei share too many pixels.",
     "MASK_SHAPE": "The mask of a nucleus has another shape than its image.",
     "NO_CONTROLS": "The plate has no field of a control, so its intensities have no scale.",
+    "TWO_CELLS": "Two cells of one field have the same id.",
     # scoring
     "SEG_SOURCE": "No DICOM SEG can be written for an image of this kind.",
 }

@@ -28,8 +28,8 @@ _DIM = 0.7  # of the way from the ground to Otsu's threshold: dim nuclei beside 
 @dataclass(frozen=True, eq=False)
 class Found:
     """``labels`` (I, J) int32; ``cells`` has a row per nucleus: ``cell`` (its label, 1 to n), ``x`` and ``y`` (centre of mass of
-    its pixels along I and J, in pixels; 0 is the centre of the first), ``area`` (pixels), ``mean`` (of the image that was given) and
-    ``border`` (True when the edge of the field cuts it).
+    its pixels along I and J, in pixels; 0 is the centre of the first), ``area`` (pixels), ``mean`` (of the image that was given)
+    and ``border`` (True when the edge of the field cuts it).
 
     ``diameter`` in pixels is what was looked for, ``threshold`` the grey level after smoothing; nan where nothing stands out.
     """

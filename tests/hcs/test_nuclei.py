@@ -233,3 +233,8 @@ def test_nuclei_drawn_by_hand_are_found(shared_data, start, least):
 def test_other_pictures_are_no_fluorescence(shared_data, start):
     (case,) = (shared_data / "nuclei").glob(f"{start}*")
     assert not nuclei.is_fluorescence(raster.read_array(next(case.glob("images/*.png")).read_bytes()))
+
+
+def test_areas_that_nothing_fits_are_no_settings():
+    with pytest.raises(ValueError, match="smallest < largest"):
+        Nuclei(smallest=2, largest=2)
