@@ -213,6 +213,79 @@ class Preprocess(Section):
         return self
 
 
+class Illumination(Section):
+    """Light that falls unevenly on a field, corrected per plate and channel."""
+
+    files: str | None = None
+    """Path or URL of the user's own functions as ``.npy`` of (rows, columns), with ``{plate}`` and ``{channel}`` in it, such as
+    ``illum/{plate}_Illum{channel}.npy``; None: they are estimated from the fields of the plate."""
+    radius: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+    """Radius of the median filter over the mean field, as a share of the field's longer edge: larger than cells."""
+    least_fields: Positive = 20
+    """Fields of a plate below which a function is not estimated: the cells of fewer would be taken for light."""
+
+
+class FieldQuality(Section):
+    """What makes a field suspect, per channel: it is flagged, and left out only where ``leave_out`` names the flag. A limit that is
+    None flags nothing; limits of focus depend on the microscope and the stain."""
+
+    bits: Annotated[int, Field(ge=1, le=32)] | None = None
+    """Bit depth of the camera, such as 12 in files of 16 bits; None: that of the file."""
+    saturated: Share | None = 0.01
+    """``saturated``: more than this share of the pixels has the largest value that the bits allow."""
+    empty: Annotated[float, Field(ge=0)] | None = 0.0
+    """``empty``: the standard deviation, in grey levels, is not above this."""
+    slope: float | None = None
+    """``blurred``: the log-log slope of the power spectrum is below this: the more negative, the more blurred (Bray
+    et al. 2012)."""
+    focus: Annotated[float, Field(ge=0)] | None = None
+    """``blurred``: the focus score is below this."""
+    background: Annotated[float, Field(ge=0)] | None = None
+    """``bright``: the background is above this, in grey levels."""
+    least_cells: Annotated[int, Field(ge=0)] | None = None
+    """``few_cells``: fewer nuclei were found."""
+    leave_out: tuple[Literal["saturated", "empty", "blurred", "bright", "few_cells"], ...] = ()
+    """Fields with these flags are not used."""
+
+
+class Nuclei(Section):
+    """How nuclei are found in a channel of bright nuclei on dark ground. Lengths are in pixels or, with ``unit: um``, in um."""
+
+    channel: str = "DNA"
+    """Name of the channel."""
+    diameter: Annotated[float, Field(gt=0)] | None = None
+    """Of a typical nucleus; None: estimated in each field, so that fields of few or merged nuclei may be judged differently."""
+    unit: Literal["px", "um"] = "px"
+    threshold: Literal["otsu", "li", "local"] = "local"
+    """``otsu`` and ``li``: one for the whole field. ``local``: a lower one than Otsu's, and above the mean of the surroundings, so
+    that dim nuclei are found beside bright ones."""
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Standard deviation of the Gaussian before the threshold, as a share of the diameter."""
+    split: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """How much deeper than the neck between them two touching nuclei must be to be two, as a share of the radius."""
+    smallest: Annotated[float, Field(ge=0)] = 0.1
+    """Smallest area, as a share of that of a circle of the diameter; smaller objects are dropped."""
+    largest: Annotated[float, Field(gt=0)] = 20.0
+    """Largest area, in the same unit; larger objects are dropped."""
+    border: Literal["kept", "removed"] = "kept"
+    """What becomes of nuclei that the edge of the field cuts."""
+
+    @model_validator(mode="after")
+    def _areas_are_in_order(self):
+        if self.smallest >= self.largest:
+            raise ValueError(f"smallest is {self.smallest:g}, largest {self.largest:g}: wanted smallest < largest")
+        return self
+
+
+class Crops(Section):
+    """How single cells are cut out around their centres."""
+
+    size: Positive = 96
+    """Edge in pixels."""
+    border: Literal["excluded", "padded"] = "excluded"
+    """Cells whose crop would reach beyond the field: left out, or padded with 0."""
+
+
 class Patches(Section):
     """How volumes are cut and written."""
 

@@ -121,6 +121,17 @@ SENTENCES = {
     "UNKNOWN_NAME": "The name of the file follows no convention that the config allows.",
     "DEPENDENT_FEATURES": "Features of the plate's controls are sums of each other, so they cannot be made uncorrelated.",
     "NO_CONTROLS": "The plate has no control wells, or too few, to be normalised by.",
+    "NO_GROUP": "The well has no compound, plate or batch, by which the config splits.",
+    # plates: fields and cells
+    "CENTRE_OUTSIDE": "The table of cells places a cell beyond its field.",
+    "DARK_PLATE": "The mean of the plate's fields is dark, so nothing can be divided by it.",
+    "FEW_FIELDS": "The plate has too few fields to estimate its light.",
+    "FIELD_SHAPE": "The field has another shape than the others of its plate.",
+    "FLAT_CONTROLS": "The pixels of the plate's controls do not vary, so they give no scale.",
+    "MASK_EMPTY": "The mask of a nucleus holds no pixel.",
+    "MASK_OVERLAP": "Masks of different nuclei share too many pixels.",
+    "MASK_SHAPE": "The mask of a nucleus has another shape than its image.",
+    "TWO_CELLS": "Two cells of one field have the same id.",
     # scoring
     "SEG_SOURCE": "No DICOM SEG can be written for an image of this kind.",
 }
