@@ -731,6 +731,9 @@ class Plates(Section):
     """False leaves vendors' index files aside."""
     maps: PlateMaps | None = None
     """Plate maps; None: nothing is known of the wells."""
+    quality: FieldQuality = FieldQuality()
+    nuclei: Nuclei | None = None
+    """How nuclei are counted; None: they are not."""
     target: Literal["control", "moa", "compound"] = "control"
     """What of a plate map is the class of a field. A well whose control type is none of ``classes``, or of which nothing is said,
     has no label (``volumes.labels.allow_missing``)."""
@@ -751,7 +754,22 @@ class Plates(Section):
         for what, some in (("names", names), ("ids", ids)):
             if len(set(some)) < len(some) or "" in some:
                 raise ValueError(f"{what} of channels repeat or are empty: {list(some)}")
+        if self.nuclei and self.nuclei.channel not in names:
+            raise ValueError(f"nuclei.channel is {self.nuclei.channel}, wanted one of {list(names)}")
         return self
+
+
+class Screen(Section):
+    """What is made of the predictions on the fields of a screen: profiles of wells, quality of plates, hits."""
+
+    score: str | None = None
+    """The class whose probability is the score of a well; None: ``positive`` if there is such a class, else the last one."""
+    normalize: Literal["standardize", "robustize", "mad_robustize", "spherize"] = "mad_robustize"
+    """How profiles are brought on the scale of the negative controls of their plate."""
+    side: Literal["two-sided", "greater", "less"] = "greater"
+    """On which side of the negative controls the score of a hit lies."""
+    fdr: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """False discovery rate up to which a well is a hit."""
 
 
 class Tracking(Section):
@@ -797,6 +815,7 @@ class Config(Section):
     groups: Groups = Groups()
     promote: Promote = Promote()
     score: Score = Score()
+    screen: Screen = Screen()
     watch: Watch = Watch()
     vacuum: Vacuum = Vacuum()
     tracking: Tracking = Tracking()
@@ -860,6 +879,8 @@ class Config(Section):
                 f"score.masks {self.score.masks} wants score.seg_folder: DICOM SEG hold the names of patients, so they go to a "
                 "folder that is protected as the archive is, never into the lake"
             )
+        if self.screen.score is not None and self.screen.score not in self.classes:
+            raise ValueError(f"screen.score is {self.screen.score}, wanted one of classes {list(self.classes)}")
         if self.score.features and (self.task != "classification" or self.score.ensemble):
             raise ValueError("score.features are those of one classifier: not of a segmentation, not of score.ensemble")
         if self.score.masks != "nifti" and self.task != "segmentation":

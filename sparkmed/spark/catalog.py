@@ -124,12 +124,12 @@ def _read_all(spark: SparkSession, files: Iterator[storage.File], write: Callabl
 def current(spark: SparkSession, lake: str) -> DataFrame:
     """The instances that count: of each file those of the last run that read it."""
     latest = _latest_files(spark, lake).where("not gone").select("container", "run")
-    return _read(spark, tables.catalog(lake)).where("format != 'gone'").join(latest, ["container", "run"], "left_semi")
+    return read(spark, tables.catalog(lake)).where("format != 'gone'").join(latest, ["container", "run"], "left_semi")
 
 
 def refused(spark: SparkSession, lake: str) -> DataFrame:
     """The quarantine rows that count."""
-    rows = _read(spark, tables.quarantine(lake))
+    rows = read(spark, tables.quarantine(lake))
     latest = _latest_files(spark, lake).where("not gone").select("container", "run")
     of_catalog = rows.where(F.col("stage") == STAGE).join(latest, ["container", "run"], "left_semi")
     return of_catalog.unionByName(rows.where(F.col("stage") != STAGE))
@@ -148,9 +148,9 @@ def _latest_files(spark: SparkSession, lake: str, finished: int | None = None) -
     if finished is None:
         finished = tables.catalog(lake).committed(STAGE)  # asked first: a run that ends now is not half seen
     whole = F.col("run") <= finished
-    read = _read(spark, tables.catalog(lake)).where(whole).select(*columns, "format", F.lit(0).alias("refused"))
-    kept_out = _read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE).where(whole)
-    rows = read.unionByName(kept_out.select(*columns, F.lit("").alias("format"), F.lit(1).alias("refused")))
+    taken = read(spark, tables.catalog(lake)).where(whole).select(*columns, "format", F.lit(0).alias("refused"))
+    kept_out = read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE).where(whole)
+    rows = taken.unionByName(kept_out.select(*columns, F.lit("").alias("format"), F.lit(1).alias("refused")))
     per_run = rows.groupBy("container", "run").agg(
         F.max("file_size").alias("file_size"),
         F.max("file_mtime_ns").alias("file_mtime_ns"),
@@ -164,7 +164,7 @@ def _latest_files(spark: SparkSession, lake: str, finished: int | None = None) -
     return last.select("container", *(f"last.{f}" for f in facts))
 
 
-def _read(spark: SparkSession, table: tables.Table) -> DataFrame:
+def read(spark: SparkSession, table: tables.Table) -> DataFrame:
     uris = table.uris()
     if not uris:
         return spark.createDataFrame(table.schema.empty_table().to_pandas(), _spark_schema(table))
