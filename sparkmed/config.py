@@ -257,8 +257,8 @@ class Nuclei(Section):
     """Of a typical nucleus; None: estimated in each field, so that fields of few or merged nuclei may be judged differently."""
     unit: Literal["px", "um"] = "px"
     threshold: Literal["otsu", "li", "local"] = "local"
-    """``otsu`` and ``li``: one for the whole field. ``local``: a lower one than Otsu's, and above the mean of the surroundings, so
-    that dim nuclei are found beside bright ones."""
+    """``otsu`` and ``li``: one for the whole field. ``local``: somewhat below Otsu's, after what is wider than five diameters was
+    subtracted, and above the mean of the surroundings: for uneven ground, and dim nuclei beside bright ones."""
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Standard deviation of the Gaussian before the threshold, as a share of the diameter."""
     split: Annotated[float, Field(gt=0, le=1)] = 0.05

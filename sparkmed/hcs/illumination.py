@@ -15,6 +15,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -123,6 +124,15 @@ class Light:
         for axis, (n, width) in enumerate(zip(self.shape, _widths(self.shape), strict=True)):
             found = _interpolated(found, np.cumsum(width) - (width + 1) / 2, n, axis)
         return np.maximum(found, np.float32(self.grid.min() / 2))  # what is continued beyond the centres stays above 0
+
+    def row(self) -> dict[str, Any]:
+        """Plain data for a table."""
+        return {"shape": list(self.shape), "grid": self.grid.tobytes(), "grid_shape": list(self.grid.shape), "fields": self.fields}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Light":
+        grid = np.frombuffer(row["grid"], np.float32).reshape([int(n) for n in row["grid_shape"]])
+        return cls(tuple(int(n) for n in row["shape"]), grid, int(row["fields"]))
 
     def __getstate__(self):
         return self.shape, self.grid, self.fields  # without the function: it is large, and made again in an instant

@@ -25,8 +25,9 @@ class ImageQuality:
     """Of one field and channel; nan where a figure is undefined.
 
     ``slope``: of the log of the power in rings of the spectrum against the log of their radius, as CellProfiler's
-    ``PowerLogLogSlope`` (Bray et al. 2012, J Biomol Screen 17:266): 1 for white noise, lower the more blurred. ``focus``: variance
-    of the Laplacian over the variance of the field, which neither gain nor offset changes. ``saturated``: share of the pixels at or
+    ``PowerLogLogSlope`` (Bray et al. 2012, J Biomol Screen 17:266): 1 for white noise, lower the more blurred. Theirs is lower by
+    some hundredths, for it has negative frequencies one place nearer to the middle than they are. ``focus``: variance of the
+    Laplacian over the variance of the field, which neither gain nor offset changes. ``saturated``: share of the pixels at or
     above the largest value that the bits allow, ``at_maximum`` at the largest value that occurs, ``maximum``: a camera of 12 bits
     in files of 16 shows there. ``background``: 5 % of the pixels are at or below it. ``mean`` and ``deviation`` in grey levels.
     ``cells``: nuclei, nan when nobody counted.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import ndimage
-from skimage import filters, morphology, segmentation
+from skimage import filters, morphology, segmentation, transform
 
 from sparkmed.config import Nuclei
 from sparkmed.rejection import InputError, Refused
@@ -22,7 +22,8 @@ from sparkmed.rejection import InputError, Refused
 COLUMNS = ["cell", "x", "y", "area", "mean", "border"]
 _NOISE = 3.0  # standard deviations of the ground
 _SURROUNDINGS = 3.0  # diameters
-_DIM = 0.7  # of the way from the ground to Otsu's threshold: dim nuclei beside bright ones lie below his
+_OPENING = 5.0  # diameters
+_DIM = 0.85  # of the way from the ground to Otsu's threshold: dim nuclei beside bright ones lie below his
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class Found:
     its pixels along I and J, in pixels; 0 is the centre of the first), ``area`` (pixels), ``mean`` (of the image that was given)
     and ``border`` (True when the edge of the field cuts it).
 
-    ``diameter`` in pixels is what was looked for, ``threshold`` the grey level after smoothing; nan where nothing stands out.
+    ``diameter`` in pixels is what was looked for, ``threshold`` the grey level after smoothing, with ``local`` above
+    the ground; nan where nothing stands out.
     """
 
     labels: np.ndarray
@@ -61,6 +63,8 @@ def find(field: np.ndarray, settings: Nuclei, pixel_um: float | None = None) -> 
         nothing = np.zeros(field.shape, np.int32)
         return Found(nothing, _measured(nothing, field), diameter, math.nan)
     smooth = ndimage.gaussian_filter(image, settings.smoothing * diameter) if settings.smoothing else image
+    if settings.threshold == "local":
+        smooth = smooth - _ground(smooth, diameter)
     threshold = _threshold(smooth, settings.threshold)
     mask = smooth > threshold
     if settings.threshold == "local":
@@ -169,6 +173,14 @@ def _usual_diameter(image: np.ndarray) -> float:
         return math.nan
     middle = areas[np.searchsorted(np.cumsum(areas), areas.sum() / 2)]
     return 2 * math.sqrt(middle / math.pi)
+
+
+def _ground(smooth: np.ndarray, diameter: float) -> np.ndarray:
+    """The field without what is narrower than some diameters: an opening, on a coarser grid."""
+    step = max(1, min(int(diameter / 4), min(smooth.shape) // 2))
+    coarse = ndimage.uniform_filter(smooth, step)[step // 2 :: step, step // 2 :: step]
+    opened = ndimage.grey_opening(coarse, max(3, round(_OPENING * diameter / step)))
+    return transform.resize(opened, smooth.shape, order=1, mode="edge", preserve_range=True, anti_aliasing=False)
 
 
 def _threshold(smooth: np.ndarray, kind: str) -> float:

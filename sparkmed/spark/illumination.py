@@ -1,6 +1,9 @@
 """Light and scale of plates, summed over all of their fields: a task adds up fields of one plate, only sums travel."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from sparkmed.formats import VolumeHeader
 from sparkmed.hcs import illumination
 from sparkmed.hcs.illumination import FieldSum, Light
 from sparkmed.hcs.plate_intensity import ControlScale, Histogram
-from sparkmed.rejection import Refused, Rejection
+from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark.session import decoding, packed
 
 STAGE = "illumination"
@@ -32,10 +35,10 @@ def lights(
     (uid, channel) of fields that do not count, such as saturated ones. The numbers are those of :class:`FieldSum` in one process,
     bit by bit. A field of another shape than most of its plate is refused (``FIELD_SHAPE``).
     """
-    usual, odd = _of_usual_shape(rows)
+    usual, odd = _of_usual_shape([_Field.of(r) for r in rows])
 
-    def one(row, channel, field):
-        return FieldSum() if (row["uid"], channel) in left_out else FieldSum.of(field)
+    def one(field, channel, pixels):
+        return FieldSum() if (field.header.uid, channel) in left_out else FieldSum.of(pixels)
 
     found, undefined, refused = _summed(spark, usual, FieldSum(), one, lambda total: total.compute(settings))
     return found, undefined, odd + refused
@@ -50,41 +53,41 @@ def control_scales(
     """
     known = spark.sparkContext.broadcast(dict(lights or {}))
 
-    def one(row, channel, field):
-        light = known.value.get((row["plate"], channel))
-        return Histogram.of(illumination.correct(field[None, ..., None], [light]))
+    def one(field, channel, pixels):
+        light = known.value.get((field.plate, channel))
+        return Histogram.of(illumination.correct(pixels[None, ..., None], [light]))
 
     try:
-        return _summed(spark, rows, Histogram.empty(), one, lambda total: total.compute(spec))
+        return _summed(spark, [_Field.of(r) for r in rows], Histogram.empty(), one, lambda total: total.compute(spec))
     finally:
         known.unpersist()
 
 
 def _summed(
     spark: SparkSession,
-    rows: Sequence[dict],
+    fields: list["_Field"],
     empty: Sum,
-    one: Callable[[dict, str, np.ndarray], Sum],
+    one: Callable[["_Field", str, np.ndarray], Sum],
     compute: Callable[[Sum], Any],
 ) -> tuple[dict[Key, Any], dict[Key, Refused], list[Rejection]]:
     """``compute`` of the sums by plate and channel, what it refused, and the fields that could not be read."""
-    if not rows:
+    if not fields:
         return {}, {}, []
 
-    def add(some: list[dict]) -> tuple[list[tuple[Key, Sum]], list[Rejection]]:
+    def add(some: list[_Field]) -> tuple[list[tuple[Key, Sum]], list[Rejection]]:
         sums: dict[Key, Sum] = {}
         refused = []
         with decoding():
-            for row in some:
+            for field in some:
                 try:
-                    array = formats.read_volume(VolumeHeader.from_row(row)).array
-                    found = [one(row, c, field[..., 0]) for c, field in zip(row["channels"], array, strict=True)]
+                    array = formats.read_volume(field.header).array
+                    found = [one(field, c, pixels[..., 0]) for c, pixels in zip(field.channels, array, strict=True)]
                 except Refused as e:
-                    refused += [e.at(uri, STAGE) for uri in row["sources"]]
+                    refused += [e.at(uri, STAGE) for uri in field.header.sources]
                     continue
-                for channel, field in zip(row["channels"], found, strict=True):
-                    key = row["plate"], channel
-                    sums[key] = sums.get(key, empty).merge(field)
+                for channel, total in zip(field.channels, found, strict=True):
+                    key = field.plate, channel
+                    sums[key] = sums.get(key, empty).merge(total)
         return [*sums.items()], refused
 
     def computed(total: Sum) -> tuple[Any, Refused | None]:
@@ -93,51 +96,64 @@ def _summed(
         except Refused as e:
             return None, e
 
-    described = [_described(r) for r in rows]
-    tasks = _tasks(described, spark.sparkContext.defaultParallelism)
+    every = sorted({(f.plate, c) for f in fields for c in f.channels})
+    tasks = _tasks(fields, spark.sparkContext.defaultParallelism)
     added = spark.sparkContext.parallelize(tasks, len(tasks)).map(add).cache()
     try:
-        done = dict(added.flatMap(lambda a: a[0]).reduceByKey(lambda a, b: a.merge(b)).mapValues(computed).collect())
+        sums = added.flatMap(lambda a: a[0]).reduceByKey(lambda a, b: a.merge(b), min(len(every), len(tasks)))
+        done = dict(sums.mapValues(computed).collect())
         refused = added.flatMap(lambda a: a[1]).collect()
     finally:
         added.unpersist()
-    every = sorted({(r["plate"], c) for r in described for c in r["channels"]})
     done |= {key: computed(empty) for key in every if key not in done}  # all of its fields were refused
     values = {key: done[key][0] for key in every if done[key][1] is None}
     undefined = {key: done[key][1] for key in every if done[key][1] is not None}
     return values, undefined, sorted(refused, key=lambda r: (r.uri, r.reason))
 
 
-def _described(row: dict) -> dict:
-    facts = VolumeHeader.from_row(row).facts
-    return {**row, "plate": str(facts["plate"]), "channels": list(facts["channels"])}
+@dataclass(frozen=True)
+class _Field:
+    header: VolumeHeader
+    plate: str
+    channels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, row: dict) -> "_Field":
+        header = VolumeHeader.from_row(row)
+        facts = header.facts
+        channels = tuple(str(c) for c in facts.get("channels") or ())
+        if not facts.get("plate") or len(channels) != header.shape[0]:
+            raise InputError(
+                f"volume {header.uid} of {header.shape[0]} channels is no field of a plate: its header names plate "
+                f"{facts.get('plate')!r} and channels {list(channels)}"
+            )
+        return cls(header, str(facts["plate"]), channels)
 
 
-def _of_usual_shape(rows: Sequence[dict]) -> tuple[list[dict], list[Rejection]]:
+def _of_usual_shape(fields: list[_Field]) -> tuple[list[_Field], list[Rejection]]:
     """The fields whose shape most of their plate have, of two as frequent the larger; and the others."""
-    shapes: dict[str, dict[tuple, int]] = {}
-    for row in rows:
-        counts = shapes.setdefault(_described(row)["plate"], {})
-        counts[tuple(row["shape"])] = counts.get(tuple(row["shape"]), 0) + 1
-    usual = {plate: max(counts, key=lambda s: (counts[s], s)) for plate, counts in shapes.items()}
+    shapes = Counter((f.plate, f.header.shape) for f in fields)
+    usual: dict[str, tuple] = {}
+    for (plate, shape), count in shapes.items():
+        usual[plate] = max(usual.get(plate, (0, ())), (count, shape))
     fitting, odd = [], []
-    for row in rows:
-        wanted = usual[_described(row)["plate"]]
-        if tuple(row["shape"]) == wanted:
-            fitting.append(row)
+    for f in fields:
+        _, wanted = usual[f.plate]
+        if f.header.shape == wanted:
+            fitting.append(f)
         else:
-            e = Refused("FIELD_SHAPE", f"a field of shape {tuple(row['shape'])}, most of its plate are {wanted}")
-            odd += [e.at(uri, STAGE) for uri in row["sources"]]
+            e = Refused("FIELD_SHAPE", f"a field of shape {f.header.shape}, most of its plate are {wanted}")
+            odd += [e.at(uri, STAGE) for uri in f.header.sources]
     return fitting, odd
 
 
-def _tasks(rows: list[dict], slots: int) -> list[list[dict]]:
+def _tasks(fields: list[_Field], slots: int) -> list[list[_Field]]:
     """Fields of one plate each, so that a task holds the sums of one plate; a plate has several tasks where there is much of it."""
-    by_plate: dict[str, list[dict]] = {}
-    for row in rows:
-        by_plate.setdefault(row["plate"], []).append(row)
+    by_plate: dict[str, list[_Field]] = {}
+    for f in fields:
+        by_plate.setdefault(f.plate, []).append(f)
     tasks = []
     for plate in by_plate.values():
-        sizes = [float(np.prod(r["shape"], dtype=np.float64)) * 2 for r in plate]
+        sizes = [2.0 * math.prod(f.header.shape) for f in plate]
         tasks += packed(plate, sizes, max(-(-slots // len(by_plate)), int(sum(sizes) / TASK_BYTES) + 1))
     return tasks

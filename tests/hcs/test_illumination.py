@@ -1,4 +1,5 @@
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -152,6 +153,15 @@ def test_each_channel_has_its_own_light():
     assert [c.mean() for c in corrected] == [3, 6, 12]
     assert (array == 6).all()
     assert illumination.correct(corrected, [None] * 3) is not corrected
+
+
+def test_light_travels_and_is_kept():
+    light = summed(fields((90, 70), 25)).compute(Illumination())
+    assert light.function is light.function
+    for same in (pickle.loads(pickle.dumps(light)), Light.from_row(light.row())):
+        assert same.shape == light.shape and same.fields == 25
+        np.testing.assert_array_equal(same.function, light.function)
+    assert len(pickle.dumps(light)) < 64 * 64 * 4 + 1000
 
 
 def npy(array):

@@ -47,6 +47,23 @@ def test_dim_nuclei_beside_bright_ones_are_found():
     assert nuclei.matches(nuclei.find(field, SIZED).labels, truth) == Matches(right=12)
 
 
+def test_nuclei_on_uneven_ground_are_found():
+    """Ground that falls from 1000 to 300 grey levels, nuclei that stand out by a third of it."""
+    field, truth = painted((400, 400), [(a, b) for a in range(30, 400, 45) for b in range(25, 400, 50)], ground=1000, levels=(330,))
+    u, v = np.meshgrid(np.linspace(-1, 1, 400), np.linspace(-1, 1, 400), indexing="ij")
+    uneven = (field * (1 - 0.35 * (u**2 + v**2))).astype(np.uint16)
+    found = {kind: nuclei.find(uneven, Nuclei(diameter=20, threshold=kind)).labels for kind in ("local", "otsu")}
+    assert nuclei.matches(found["local"], truth, 0.7).f1 > 0.95
+    assert nuclei.matches(found["otsu"], truth).f1 < 0.7
+
+
+@pytest.mark.parametrize("diameter", [1, 40, 500, None])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (3, 3), (7, 30)])
+def test_fields_smaller_than_a_nucleus(shape, diameter):
+    field = np.random.default_rng(0).integers(0, 200, shape).astype(np.uint8)
+    assert nuclei.find(field, Nuclei(diameter=diameter)).labels.shape == shape
+
+
 @pytest.mark.parametrize("apart", [14, 16, 18])
 def test_touching_nuclei_are_divided(apart):
     field, truth = painted((80, 90), [(40, 40), (40, 40 + apart)])

@@ -13,6 +13,7 @@ from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import illumination as core
 from sparkmed.hcs.illumination import FieldSum
 from sparkmed.hcs.plate_intensity import Histogram
+from sparkmed.rejection import InputError
 from sparkmed.spark import illumination
 
 pytestmark = pytest.mark.engine
@@ -55,7 +56,7 @@ def test_lights_are_those_of_one_process(spark, screen):
 
 def test_partitions_and_order_make_no_difference(spark, screen, monkeypatch):
     found, _, _ = illumination.lights(spark, screen, SETTINGS)
-    monkeypatch.setattr(illumination, "TASK_BYTES", 1.0)  # a task per field
+    monkeypatch.setattr(illumination, "TASK_BYTES", 6000.0)  # two fields per task
     again, _, _ = illumination.lights(spark, screen[::-1], SETTINGS)
     assert found.keys() == again.keys()
     for key, light in found.items():
@@ -94,6 +95,14 @@ def test_fields_left_out_do_not_count_and_few_are_said(spark, screen):
     everything = frozenset((r["uid"], "DNA") for r in screen)
     found, undefined, _ = illumination.lights(spark, screen, SETTINGS, everything)
     assert not found and len(undefined) == 2
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"plate": "P1"}, {"plate": "P1", "channels": ["DNA", "GFP"]}, {"plate": "", "channels": ["DNA"]}]
+)
+def test_rows_that_are_no_fields_are_said(spark, screen, facts):
+    with pytest.raises(InputError, match="is no field of a plate"):
+        illumination.lights(spark, [screen[0] | {"header": json.dumps(facts)}], SETTINGS)
 
 
 def test_no_row_is_no_plate(spark):
