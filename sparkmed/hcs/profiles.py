@@ -230,17 +230,18 @@ def fit(controls: np.ndarray, method: Method, whitening: Whitening = "ZCA-cor", 
 
 
 def quantiles(values: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-    """Quantiles (Q, F) of values (N, F), linear between values (type 7 of Hyndman and Fan 1996); NaN is missing.
+    """Quantiles (Q, F) of values (N, F), linear between values (type 7 of Hyndman & Fan 1996).
 
-    numpy's own take a thousand times as long where something may be missing.
+    What is not finite is missing, for which numpy's own go column by column.
 
     >>> quantiles(np.array([[1.0, 1], [2, np.nan], [4, 5], [3, np.nan]]), [0.5, 1]).tolist()
     [[2.5, 3.0], [4.0, 5.0]]
     """
-    count = np.isfinite(values).sum(axis=0)
+    there = np.isfinite(values)
+    count = there.sum(axis=0)
     if not len(values):
         return np.full((len(shares), *values.shape[1:]), np.nan)
-    rising = np.sort(values, axis=0)
+    rising = np.sort(np.where(there, values, np.nan), axis=0)
     place = np.multiply.outer(np.asarray(shares, float), np.maximum(count - 1, 0))
     below = np.floor(place).astype(int)
     low = np.take_along_axis(rising, below, axis=0)

@@ -1,9 +1,9 @@
-"""Profiles on Spark: :mod:`sparkmed.hcs.profiles` on one well, treatment or plate at a time, by workers.
+"""Profiles on Spark: :mod:`sparkmed.hcs.profiles` on whole wells, treatments or plates, by workers.
 
 Medians are those of the core rather than of Spark SQL: ``percentile_approx`` is not exact, and the exact ``percentile`` and
 ``median`` keep a map from values to counts for each group and feature, which is many times the cells' own size where all values
-differ, and take NaN for the largest value. Each group comes to one worker whole, as columns, so no answer depends on how rows are
-partitioned; the driver holds what is said of features and of refused plates, and no rows.
+differ, and take NaN for the largest value. Each group comes to one worker whole, so no answer depends on how rows are partitioned;
+the driver holds what is said of features and of refused plates, and no rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def aggregate(
     keep: Sequence[str] = (),
     count: str | None = None,
 ) -> DataFrame:
-    """:func:`sparkmed.hcs.profiles.aggregate` of a frame, in no order; a worker holds the rows of one group at a time.
+    """:func:`sparkmed.hcs.profiles.aggregate` of a frame, in no order; a worker holds a batch of rows, or a group if that is more.
 
     Wrong columns are an :class:`InputError` at once; ``keep`` that varies in a group, when the frame is computed.
     """
@@ -52,10 +52,12 @@ def aggregate(
     fields = [frame.schema[c] for c in [*by, *keep]] + ([StructField(count, LongType())] if count else [])
     schema = StructType(fields + [StructField(f, DoubleType()) for f in features])
 
-    def one(group: pd.DataFrame) -> pd.DataFrame:
-        return profiles.aggregate(group, by, features, method, keep, count)
+    def streamed(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for groups in _whole_groups(batches, by):
+            yield profiles.aggregate(groups, by, features, method, keep, count)[schema.names]
 
-    return frame.select(*by, *keep, *features).groupBy(*by).applyInPandas(one, schema)
+    together = frame.select(*by, *keep, *features).repartition(*by).sortWithinPartitions(*by)
+    return together.mapInPandas(streamed, schema)
 
 
 def normalize(
@@ -117,6 +119,30 @@ def normalize(
         {f: missing[f] for f in sorted(missing, key=order.__getitem__)},
         sorted(refused, key=lambda r: (r.reason != "NO_CONTROLS", r.uri)),
     )
+
+
+def _whole_groups(batches: Iterator[pd.DataFrame], by: list[str]) -> Iterator[pd.DataFrame]:
+    """Rows that come sorted by ``by``, so that each group is whole: the last of a batch waits for what follows.
+
+    A call per group instead takes nine times as long for wells of 50 cells and 200 features: each hands all columns over.
+    """
+    waiting: list[pd.DataFrame] = []
+    for batch in batches:
+        if not len(batch):
+            continue
+        keys = batch[by]
+        last = keys.iloc[-1]
+        ended = ~((keys == last) | (keys.isna() & last.isna())).all(axis=1).to_numpy()
+        if waiting:
+            before = waiting[-1][by].iloc[-1]
+            if ended.any() or not ((last == before) | (last.isna() & before.isna())).all():
+                yield pd.concat([*waiting, batch[ended]], ignore_index=True)
+                waiting = []
+        elif ended.any():
+            yield batch[ended]
+        waiting.append(batch[~ended])
+    if waiting:
+        yield pd.concat(waiting, ignore_index=True)
 
 
 def _facts(plate: pd.DataFrame, features, method, by, control, reference) -> Iterator[tuple]:

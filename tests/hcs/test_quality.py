@@ -40,6 +40,7 @@ def test_figures_are_their_formulas():
         ([5.0, np.nan], [1.0, 2, 3]),
         ([1.0, 2, 3], [3.0, 1, 2]),
         ([np.nan, np.nan], [np.nan]),
+        ([np.inf, 5.0, -np.inf], [1.0, 2, 3]),
     ],
 )
 def test_what_is_not_defined_is_nan_and_never_one(positive, negative):

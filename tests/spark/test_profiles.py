@@ -115,3 +115,14 @@ def test_metadata_that_varies_within_a_group_fails_the_job(spark, table):
     found = on_spark.aggregate(spark.createDataFrame(table), ["plate"], FEATURES, keep=["well"])
     with pytest.raises(Exception, match="'well' says more than one thing"):
         found.collect()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_groups_are_whole_however_batches_cut_them(size):
+    keys = pd.DataFrame({"a": ["x"] * 5 + ["y"] + [None] * 4, "b": [1.0, 1, 1, 2, 2, 2, 2, np.nan, np.nan, np.nan], "n": range(10)})
+    batches = [keys[n : n + size] for n in range(0, 10, size)]
+    found = [part for part in on_spark._whole_groups(iter([keys[:0], *batches, keys[:0]]), ["a", "b"])]
+    assert [n for part in found for n in part["n"]] == list(range(10))
+    groups = [set(map(str, part[["a", "b"]].itertuples(index=False, name=None))) for part in found]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == 5, "no group is in two parts"
+    assert list(on_spark._whole_groups(iter([]), ["a"])) == []
