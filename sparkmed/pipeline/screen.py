@@ -144,9 +144,9 @@ def answer(table: pd.DataFrame, features: list[str], config: Config) -> Answers:
 
 
 def _compounds(table: pd.DataFrame) -> pd.DataFrame:
-    """Curves of the compounds over wells that were not trained on; negative and empty wells are no dose."""
-    given = table[table["control"].isna() | (table["control"] == "positive")]
-    given = given[~given["split"].isin(TRAINED) & given["compound"].notna() & given["concentration"].notna()]
+    """Curves of the compounds over wells that were not trained on; a well of dose 0 counts where the map names the compound."""
+    given = table[~table["split"].isin(TRAINED) & (table["control"] != "empty")]
+    given = given[given["compound"].notna() & given["concentration"].notna()]
     if given.empty:
         return pd.DataFrame(columns=["compound"])
     curves = hits.dose_responses(given, "score")
