@@ -186,7 +186,10 @@ def dose_responses(
     numbers(table, [response, dose], [compound])
     rows = []
     for name, of in table.groupby(compound, sort=True, observed=True):
-        curve = dose_response(of[dose].to_numpy(float), of[response].to_numpy(float), level)
+        try:
+            curve = dose_response(of[dose].to_numpy(float), of[response].to_numpy(float), level)
+        except InputError as e:
+            raise InputError(f"{compound} {name}: {e}") from None
         row = {compound: name}
         for key, value in vars(curve).items():
             row |= {f"{key[:-9]}_low": value[0], f"{key[:-9]}_high": value[1]} if key.endswith("_interval") else {key: value}

@@ -169,10 +169,11 @@ def average_precision(
 def mean_average_precision(scores: pd.DataFrame, by: Sequence[str], null: int = 10_000, seed: int = 0) -> pd.DataFrame:
     """One row per group of ``by``: ``map``, ``profiles``, ``p`` and ``q``, of what :func:`average_precision` gave.
 
-    ``p`` is the share of ``null`` random rankings with as many positives and candidates of each profile whose mean is at least as
-    high, with the group's own, (1 + k) / (1 + null); ``q`` is its false discovery rate over the groups. copairs counts only means
-    above the group's own: where a perfect ranking comes by chance, as of one positive among three, its p-values are too small. A
-    group in which no profile has an average precision has NaN and 0 ``profiles``.
+    ``p`` is the share of ``null`` random rankings, with as many positives and candidates of each profile, whose mean is at least as
+    high, counted with the group's own: (1 + k) / (1 + null). Profiles with the same numbers share a ranking, so that none are taken
+    for independent. ``q`` is the false discovery rate over the groups. So does copairs 0.5, but for means equal to the group's own,
+    which it leaves out: a perfect ranking that comes by chance, such as of one positive among three, then has too small a p-value.
+    A group in which no profile has an average precision has NaN and 0 ``profiles``.
     """
     if null < 1:
         raise InputError(f"null {null}: wanted one random ranking or more")

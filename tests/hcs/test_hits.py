@@ -198,6 +198,9 @@ def test_a_table_of_curves_has_a_row_per_compound():
     assert found["compound"].tolist() == ["a", "b"] and found["reason"].tolist() == [None, "flat"]
     assert found.loc[0, "ec50_low"] < 0.7 < found.loc[0, "ec50_high"] and np.isnan(found.loc[1, "ec50"])
     assert {"start_low", "end_high", "hill_low", "r2", "flat_p"} <= set(found.columns)
+    table["concentration"] = table["concentration"].where(table["compound"] == "a", np.nan)
+    with pytest.raises(InputError, match="compound b: doses: wanted numbers of 0 or more"):
+        hits.dose_responses(table, "score")
 
 
 def replicates(signal, seed=0, treatments=40, count=4, width=50):
