@@ -3,9 +3,10 @@
 usage: python benchmarks/accuracy.py DATA [hippocampus] [radiographs] [screen_bbbc013] [nuclei] [lake=FOLDER] [key=value ...]
 
 DATA holds ``hippocampus/`` (Medical Segmentation Decathlon Task04), ``radiographs/`` (chest against abdomen), ``hcs_plate/``
-(BBBC013, for the example screen_bbbc013) and ``nuclei/`` (BBBC038: no training, the nucleus finder against masks drawn by hand). Prints one JSON object per example: the figures on held-out
-subjects with their 95 % intervals, and seconds per stage. A lake that is there already is gone on with, and then the times of
-stages that were done say nothing: the default is a new temporary folder.
+(BBBC013, for the example screen_bbbc013) and ``nuclei/`` (BBBC038: no training, the nucleus finder against masks drawn by
+hand). Prints one JSON object per example: the figures on held-out subjects with their 95 % intervals, and seconds per stage. A
+lake that is there already is gone on with, and then the times of stages that were done say nothing: the default is a new
+temporary folder.
 """
 
 import json
