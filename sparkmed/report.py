@@ -368,7 +368,7 @@ def _screen(config: Config, rows: list[dict], facts: dict) -> dict[str, Any] | N
     out = {
         "summary": summary,
         "wells": len(table),
-        "hits": int(table["hit"].fillna(False).sum()),
+        "hits": int(table["hit"].eq(True).sum()),
         "plates": [r for r in plates[plates["feature"] == "score"].to_dict("records") if r["plate"] in shown],
         "more_plates": max(0, table["plate"].nunique() - PLATES),
         "maps": _inline(pictures.plates(maps, [wells.row_letters(n + 1) for n in range(shape[0])], "score")),
@@ -399,7 +399,7 @@ def _screen(config: Config, rows: list[dict], facts: dict) -> dict[str, Any] | N
     items = []
     place = ["plate", "well"]
     by_well = {(f.get("plate", "plate"), f["well"]): r for r in rows for f in [json.loads(r["header"])] if "well" in f}
-    for r in judged[judged["hit"].fillna(False).astype(bool)].sort_values("robust_z", key=abs, ascending=False).to_dict("records"):
+    for r in judged[judged["hit"].eq(True)].sort_values("robust_z", key=abs, ascending=False).to_dict("records"):
         with contextlib.suppress(Refused):
             image = formats.read_volume(VolumeHeader.from_row(by_well[tuple(r[k] for k in place)]))
             dose = "" if pd.isna(r["concentration"]) else f", {r['concentration']:g} {r['unit'] or ''}".rstrip()

@@ -77,7 +77,7 @@ def _screen(config: Config) -> dict:
         "fields": summary["fields"],
         "wells": len(table),
         "plates": len(plates),
-        "hits": int(answers.wells["hit"].fillna(False).sum()),
+        "hits": int(answers.wells["hit"].eq(True).sum()),
         "z_prime": _rounded(plates["z_prime"].median()),
         "nsc": _rounded(summary.get("nsc")),
         "nscb": _rounded(summary.get("nscb")),

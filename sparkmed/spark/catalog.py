@@ -1,5 +1,6 @@
 """Archive to catalog: what files there are, read once each."""
 
+import collections
 import datetime
 import itertools
 import posixpath
@@ -24,7 +25,7 @@ from sparkmed.spark.session import packed
 
 STAGE = "catalog"
 FILES_PER_SLOT = 5000
-"""Files per task slot that the driver holds at a time (twice: those being read, and the next ones)."""
+"""Files per task slot that the driver holds at a time (thrice: those being read, those read when slots are free, the next ones)."""
 _PATTERN = re.compile(r"[\[\]{}*?\\]")  # what Spark would take for a pattern of paths
 
 
@@ -102,7 +103,10 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
 
 
 def _read_all(spark: SparkSession, files: Iterator[storage.File], write: Callable[[list[storage.File]], Any]) -> list:
-    """What ``write`` makes of groups of ``files`` on the executors; the next files are listed while a batch of them is read."""
+    """What ``write`` makes of groups of ``files`` on the executors.
+
+    The next files are listed while a batch is read, and handed over before it is done: no slot waits for the last tasks of a batch.
+    """
     slots = spark.sparkContext.defaultParallelism
 
     def job(batch: list[storage.File]) -> list:
@@ -110,14 +114,14 @@ def _read_all(spark: SparkSession, files: Iterator[storage.File], write: Callabl
         groups = packed(batch, [f.size + 100_000 for f in batch], slots * 4)
         return spark.sparkContext.parallelize(groups, len(groups)).map(write).collect()
 
-    written, running = [], None
-    with ThreadPoolExecutor(1) as thread:
+    written, running = [], collections.deque()
+    with ThreadPoolExecutor(2) as threads:
         while batch := list(itertools.islice(files, FILES_PER_SLOT * slots)):
-            if running:
-                written += running.result()
-            running = thread.submit(job, batch)
-        if running:
-            written += running.result()
+            if len(running) == 2:
+                written += running.popleft().result()
+            running.append(threads.submit(job, batch))
+        for job_done in running:
+            written += job_done.result()
     return written
 
 

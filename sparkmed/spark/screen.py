@@ -99,7 +99,8 @@ def scored_fields(
     examined = catalog.read(spark, tables.fields(lake)).where(F.col("settings") == settings_digest(plates))
     examined = examined.dropDuplicates(["key"]).select(F.col("volume").alias("uid"), "flags", F.col("cells").cast("double"))
     found = found.join(examined, "uid", "left")
-    for flag in plates.quality.leave_out:
-        left = F.exists(F.col("flags"), lambda f, flag=flag: f.endswith(f" {flag}"))
-        found = found.where(F.col("flags").isNull() | ~left)
+    if plates.quality.leave_out:
+        pattern = f" ({'|'.join(plates.quality.leave_out)})$"
+        bad = F.exists(F.coalesce("flags", F.array()), lambda flag: flag.rlike(pattern))
+        found = found.where(~bad)
     return found.drop("flags", "uid")
