@@ -764,6 +764,9 @@ class Screen(Section):
 
     score: str | None = None
     """The class whose probability is the score of a well; None: ``positive`` if there is such a class, else the last one."""
+    by: Literal["probability", "projection"] = "probability"
+    """``projection``: the score is where the profile of a well lies between the controls that were trained on, 0 at the mean of the
+    negative and 1 at that of the positive ones; it goes on where a probability is at its end. Wants ``score.features``."""
     normalize: Literal["standardize", "robustize", "mad_robustize", "spherize"] = "mad_robustize"
     """How profiles are brought on the scale of the negative controls of their plate."""
     side: Literal["two-sided", "greater", "less"] = "greater"
@@ -881,6 +884,8 @@ class Config(Section):
             )
         if self.screen.score is not None and self.screen.score not in self.classes:
             raise ValueError(f"screen.score is {self.screen.score}, wanted one of classes {list(self.classes)}")
+        if self.screen.by == "projection" and not self.score.features:
+            raise ValueError("screen.by projection wants score.features: true, which keeps the profiles")
         if self.score.features and (self.task != "classification" or self.score.ensemble):
             raise ValueError("score.features are those of one classifier: not of a segmentation, not of score.ensemble")
         if self.score.masks != "nifti" and self.task != "segmentation":

@@ -15,7 +15,7 @@ from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import image_quality, nuclei, profiles, quality
 from sparkmed.learning import networks
 from sparkmed.learning.model import Model, ModelSpec
-from sparkmed.pipeline.screen import answer, score_class
+from sparkmed.pipeline.screen import answer, projection, score_class
 from sparkmed.rejection import InputError
 
 engine = pytest.mark.engine
@@ -180,6 +180,24 @@ def test_a_screen_without_controls_has_no_hits_and_says_why():
     table["control"] = None
     answers = answer(table, [], plates_config())
     assert answers.wells["hit"].isna().all() and answers.plates["z_prime"].isna().all() and answers.plates["reason"].notna().all()
+
+
+def test_the_projection_lies_between_the_controls_that_were_trained_on():
+    controls = [("negative", "train", (0.0, 1.0)), ("negative", "val", (0.0, 3.0)), ("positive", "train", (4.0, 2.0))]
+    wells = [
+        *controls,
+        ("negative", "test", (100.0, 0.0)),
+        (None, None, (2.0, 9.0)),
+        (None, None, (8.0, -5.0)),
+        (None, None, (np.nan, 0)),
+    ]
+    table = pd.DataFrame([(c, s, *f) for c, s, f in wells], columns=["control", "split", "f0", "f1"])
+    np.testing.assert_allclose(projection(table, ["f0", "f1"])[:6], [0, 0, 1, 25, 0.5, 2])
+    assert np.isnan(projection(table, ["f0", "f1"])[6])
+    with pytest.raises(InputError, match="wants positive controls that were trained on"):
+        projection(table[table["control"] != "positive"], ["f0", "f1"])
+    with pytest.raises(InputError, match="wants score.features"):
+        plates_config(screen={"by": "projection"}, score={})
 
 
 def test_the_score_is_the_positive_class_unless_the_config_says_another():

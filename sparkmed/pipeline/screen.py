@@ -62,6 +62,8 @@ def _screen(config: Config) -> dict:
     finally:
         medians.unpersist()
     names = normal.features if normal else []
+    if config.screen.by == "projection":
+        table["score"] = projection(table, names)
     answers = answer(table, names, config)
     summary = answers.summary | {"fields": int(table["fields"].sum()), "wells": len(table), "score": score_class(config)}
     if normal:
@@ -89,6 +91,23 @@ def score_class(config: Config) -> str:
     if config.screen.score is not None:
         return config.screen.score
     return "positive" if "positive" in config.classes else config.classes[-1]
+
+
+def projection(table: pd.DataFrame, features: list[str]) -> np.ndarray:
+    """(N,) where the profiles of wells lie between those of the controls that the model was trained or validated on: 0 at the mean
+    of the negative ones, 1 at that of the positive ones. Held-out controls have no part in the axis, so they can judge it."""
+    values = table[features].to_numpy(float)
+    trained = table["split"].isin(TRAINED).to_numpy() & np.isfinite(values).all(axis=1)
+    means = {}
+    for kind in (profiles.NEGATIVE, profiles.POSITIVE):
+        of = values[trained & (table["control"] == kind).to_numpy()]
+        if not len(of):
+            raise InputError(
+                f"screen.by projection wants {kind} controls that were trained on, and profiles of them: there is none"
+            )
+        means[kind] = of.mean(axis=0)
+    axis = means[profiles.POSITIVE] - means[profiles.NEGATIVE]
+    return (values - means[profiles.NEGATIVE]) @ axis / max(axis @ axis, np.finfo(float).tiny)
 
 
 def _examine(config: Config, spark: SparkSession, lineage: dict) -> list[Rejection]:
