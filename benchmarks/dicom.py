@@ -31,11 +31,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pydicom
-from measure import beside
+from measure import beside, take_turns
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian
@@ -132,20 +131,6 @@ def bare(folder: pathlib.Path) -> int:
             data = pathlib.Path(place, name).read_bytes()
             found.append((hashlib.sha256(data).hexdigest(), pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)))
     return len(found)
-
-
-def take_turns(runs: dict[str, Callable[[], int]], turns: int, wanted: int) -> dict[str, list[float]]:
-    """Seconds of each program in each turn; the first turn does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-1, turns):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            n = run()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - started)
-            if n != wanted:
-                sys.exit(f"{name} gave {n} of {wanted}")
-    return seconds
 
 
 def ratio(seconds: dict[str, list[float]], fast: str, slow: str) -> float:

@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
-from measure import beside
+from measure import beside, take_turns
 
 from sparkmed import PatchLoader
 
@@ -161,16 +161,8 @@ def speed(url: str, targets: dict[str, float | None], turns: int, batch: int) ->
         "shuffled": lambda: ours(url, batch, True),
         "petastorm": lambda: petastorm(url, batch),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
     size, rows = megabytes(url), PatchLoader(url).dataset.rows
-    for turn in range(-1, turns):  # the first is for imports and for the files' way into memory
-        for name, run in runs.items():
-            started = time.perf_counter()
-            n = run()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - started)
-            if n != rows:
-                sys.exit(f"{name} gave {n} of {rows} patches")
+    seconds = take_turns(runs, turns, rows)
     out = {"mb": round(size, 1), "files_mb": round(megabytes(url, files_only=True), 1), "patches": rows}
     out["mb_per_s"] = {name: round(size / statistics.median(times), 1) for name, times in seconds.items()}
     for ratio, target in targets.items():

@@ -17,6 +17,7 @@ VERBS = {
     "promote": "make the newest model the champion if it passes the gate",
     "rollback": "give the champion alias back to the version before",
     "score": "predict what the champion has not scored yet",
+    "screen": "make profiles of wells, quality of plates, curves and hits of what was scored of a screen",
     "watch": "compare new volumes with those that the champion was judged on; count what is refused and what waits",
     "predictions": "print what the champion says about the present volumes as CSV",
     "trace": "print where a prediction comes from: files, model, training data",

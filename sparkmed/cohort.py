@@ -4,7 +4,9 @@ Knows no engine and reads no pixel; what comes back is one :class:`Member` per i
 """
 
 import csv
+import dataclasses
 import fnmatch
+import hashlib
 import io
 import json
 from collections import Counter, defaultdict
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 from sparkmed import storage
 from sparkmed.config import HEADER_GROUPS, Config, folded
 from sparkmed.formats import segmentation
-from sparkmed.formats.instance import VolumeHeader
+from sparkmed.formats.instance import VolumeHeader, to_json
+from sparkmed.hcs import fields, platemap
 from sparkmed.imaging import paths, splits
 from sparkmed.rejection import InputError, Refused, Rejection
 
@@ -51,8 +54,10 @@ def assemble(headers: Iterable[VolumeHeader], config: Config, key: bytes | None)
     """
     table = label_table(config)
     headers = list(headers)
+    maps, unread = plate_maps(config)
     segmentations = [h for h in headers if segmentation.is_segmentation(h)]
     images, labels, rejections, ignored = _roles((h for h in headers if not segmentation.is_segmentation(h)), table, config)
+    rejections += unread
     bound: dict[tuple, VolumeHeader | Refused] = {}
     if config.volumes.labels.segments:
         truths = [h for h in segmentations if not h.facts.get("predicted")]  # what a model said is no truth to learn from
@@ -63,7 +68,10 @@ def assemble(headers: Iterable[VolumeHeader], config: Config, key: bytes | None)
     members = []
     for header, named in images:
         try:
-            members.append(_member(header, named, labels, bound, table, config, key))
+            if header.format == fields.FORMAT:
+                members.append(_field(header, maps, config, key))
+            else:
+                members.append(_member(header, named, labels, bound, table, config, key))
         except Refused as e:
             rejections += [e.at(uri, STAGE) for uri in header.sources]
     members, duplicates = _once(members)
@@ -232,6 +240,88 @@ def _member(header: VolumeHeader, named: dict, labels: dict, bound: dict, table,
         return Member(header, subject)
     given = (entry or {}).get("split") or named.get("split")
     return Member(header, subject, splits.split_of(subject, settings.splits, given), label, target)
+
+
+def _field(header: VolumeHeader, maps: platemap.Maps | None, config: Config, key: bytes | None) -> Member:
+    """The member of a field of a plate: its subject is the group that no split may tear, its target what the plate map says.
+
+    What the map says of the well is a fact ``treatment`` of the image. Raises :class:`Refused` for a well that the map leaves open.
+    """
+    facts, plates = header.facts, config.plates
+    entry = None if maps is None else platemap.entry(maps, facts.get("plate"), facts["well"])
+    well = f"{facts.get('plate') or 'plate'}-{facts['well']}"
+    groups = {"well": well, "plate": facts.get("plate"), "batch": facts.get("batch")}
+    groups["compound"] = entry.compound if entry and entry.control in (None, "positive") else None
+    group = groups[plates.split_by] or (groups["plate"] if plates.split_by == "compound" else None)
+    if group is None:
+        raise Refused("NO_GROUP", f"well {well} has no {plates.split_by}, by which plates.split_by splits")
+    subject = storage.component(group) if key is None else splits.pseudonym(group, key)
+    if entry is None:
+        return Member(header, subject)
+    said = {k: v for k, v in vars(entry).items() if v is not None and k not in ("well", "row", "column", "others")}
+    header = dataclasses.replace(header, header=to_json(facts | {"treatment": said}))
+    name = getattr(entry, plates.target)
+    if name is None or (plates.target == "control" and name not in config.classes):
+        return Member(header, subject)
+    given = (split for split, wells in plates.splits.items() if any(fnmatch.fnmatchcase(facts["well"], w) for w in wells))
+    split = next(given, None) or splits.split_of(subject, config.volumes.splits)
+    return Member(header, subject, split, target=_class_index(name, config))
+
+
+def plate_maps(config: Config) -> tuple[platemap.Maps | None, list[Rejection]]:
+    """The plate maps of ``plates.maps`` and refusals of tables that cannot be read; None where the config names none."""
+    files = plate_tables(config)
+    if files is None:
+        return None, []
+    tables, barcodes = files
+    try:
+        return platemap.read(tables, config.plates.maps, barcodes, config.plates.wells)
+    except Refused as e:
+        raise InputError(f"plates.maps.barcodes {config.plates.maps.barcodes}: {e.message}") from None
+
+
+def plate_tables(config: Config) -> tuple[list[tuple[str, bytes]], bytes | None] | None:
+    """(URL, bytes) of each table of plate maps, and the bytes of the table of barcodes."""
+    maps = config.plates and config.plates.maps
+    if not maps:
+        return None
+
+    def read(url: str) -> bytes:
+        try:
+            return storage.read_bytes(url)
+        except OSError as e:
+            raise InputError(f"plates.maps: {url} cannot be read: {e.strerror or type(e).__name__}") from None
+
+    found = []
+    for pattern in maps.tables:
+        fixed = pattern.partition("*")[0].rpartition("/")[0]
+        inside = "://" not in pattern and not pattern.startswith("/")
+        folder = storage.join(config.archive, fixed) if inside and fixed else config.archive if inside else fixed
+        rest = pattern.removeprefix(fixed).lstrip("/")
+        if "*" not in pattern:
+            found.append(storage.join(folder, rest))
+            continue
+        try:
+            urls = sorted(f.uri for f in storage.walk(folder) if paths.PathPattern(rest).match(f.path) is not None)
+        except FileNotFoundError:
+            urls = []
+        if not urls:
+            raise InputError(f"plates.maps.tables {pattern}: no such file")
+        found += urls
+    barcodes = maps.barcodes
+    if barcodes and "://" not in barcodes and not barcodes.startswith("/"):
+        barcodes = storage.join(config.archive, barcodes)
+    return [(url, read(url)) for url in found], read(barcodes) if barcodes else None
+
+
+def plate_digest(config: Config) -> str:
+    """SHA-256 of what the plate maps hold; empty without any."""
+    files = plate_tables(config)
+    if files is None:
+        return ""
+    tables, barcodes = files
+    parts = [hashlib.sha256(data).hexdigest() for data in (*(d for _, d in tables), barcodes or b"")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _class_index(name: str, config: Config) -> int:

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import pathlib
+import re
 import types
 import typing
 import unicodedata
@@ -210,6 +211,79 @@ class Preprocess(Section):
         if self.spacing and self.size:
             raise ValueError("spacing and size both say the grid, wanted one")
         return self
+
+
+class Illumination(Section):
+    """Light that falls unevenly on a field, corrected per plate and channel."""
+
+    files: str | None = None
+    """Path or URL of the user's own functions as ``.npy`` of (rows, columns), with ``{plate}`` and ``{channel}`` in it, such as
+    ``illum/{plate}_Illum{channel}.npy``; None: they are estimated from the fields of the plate."""
+    radius: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+    """Radius of the median filter over the mean field, as a share of the field's longer edge: larger than cells."""
+    least_fields: Positive = 20
+    """Fields of a plate below which a function is not estimated: the cells of fewer would be taken for light."""
+
+
+class FieldQuality(Section):
+    """What makes a field suspect, per channel: it is flagged, and left out only where ``leave_out`` names the flag. A limit that is
+    None flags nothing; limits of focus depend on the microscope and the stain."""
+
+    bits: Annotated[int, Field(ge=1, le=32)] | None = None
+    """Bit depth of the camera, such as 12 in files of 16 bits; None: that of the file."""
+    saturated: Share | None = 0.01
+    """``saturated``: more than this share of the pixels has the largest value that the bits allow."""
+    empty: Annotated[float, Field(ge=0)] | None = 0.0
+    """``empty``: the standard deviation, in grey levels, is not above this."""
+    slope: float | None = None
+    """``blurred``: the log-log slope of the power spectrum is below this: the more negative, the more blurred (Bray
+    et al. 2012)."""
+    focus: Annotated[float, Field(ge=0)] | None = None
+    """``blurred``: the focus score is below this."""
+    background: Annotated[float, Field(ge=0)] | None = None
+    """``bright``: the background is above this, in grey levels."""
+    least_cells: Annotated[int, Field(ge=0)] | None = None
+    """``few_cells``: fewer nuclei were found."""
+    leave_out: tuple[Literal["saturated", "empty", "blurred", "bright", "few_cells"], ...] = ()
+    """Fields with these flags are not used."""
+
+
+class Nuclei(Section):
+    """How nuclei are found in a channel of bright nuclei on dark ground. Lengths are in pixels or, with ``unit: um``, in um."""
+
+    channel: str = "DNA"
+    """Name of the channel."""
+    diameter: Annotated[float, Field(gt=0)] | None = None
+    """Of a typical nucleus; None: estimated in each field, so that fields of few or merged nuclei may be judged differently."""
+    unit: Literal["px", "um"] = "px"
+    threshold: Literal["otsu", "li", "local"] = "local"
+    """``otsu`` and ``li``: one for the whole field. ``local``: somewhat below Otsu's, after what is wider than five diameters was
+    subtracted, and above the mean of the surroundings: for uneven ground, and dim nuclei beside bright ones."""
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Standard deviation of the Gaussian before the threshold, as a share of the diameter."""
+    split: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """How much deeper than the neck between them two touching nuclei must be to be two, as a share of the radius."""
+    smallest: Annotated[float, Field(ge=0)] = 0.1
+    """Smallest area, as a share of that of a circle of the diameter; smaller objects are dropped."""
+    largest: Annotated[float, Field(gt=0)] = 20.0
+    """Largest area, in the same unit; larger objects are dropped."""
+    border: Literal["kept", "removed"] = "kept"
+    """What becomes of nuclei that the edge of the field cuts."""
+
+    @model_validator(mode="after")
+    def _areas_are_in_order(self):
+        if self.smallest >= self.largest:
+            raise ValueError(f"smallest is {self.smallest:g}, largest {self.largest:g}: wanted smallest < largest")
+        return self
+
+
+class Crops(Section):
+    """How single cells are cut out around their centres."""
+
+    size: Positive = 96
+    """Edge in pixels."""
+    border: Literal["excluded", "padded"] = "excluded"
+    """Cells whose crop would reach beyond the field: left out, or padded with 0."""
 
 
 class Patches(Section):
@@ -516,9 +590,14 @@ class Score(Section):
     segments: dict[str, Segment] = {}
     """Codes by class name; a class without them is an anatomical structure of some tissue, labelled with its name."""
 
+    features: bool = False
+    """True keeps what the last layer of a classifier sees of each image, as profiles of a screen; not of ensembles."""
+
     @property
     def outputs(self) -> list:
-        """What is written beside numbers, as plain data: part of what a prediction is. Empty for ``nifti``."""
+        """What is written beside numbers, as plain data: part of what a prediction is. Empty where nothing is."""
+        if self.features:
+            return ["features"]
         if self.masks == "nifti":
             return []
         return [self.masks, self.seg_type, {name: s.model_dump() for name, s in self.segments.items()}]
@@ -526,7 +605,8 @@ class Score(Section):
     @property
     def numbers(self) -> "Score":
         """The same without where and how outputs are written, and without other models: what belongs to a model."""
-        return Score(**self.model_dump(exclude={"masks", "seg_folder", "seg_type", "segments", "ensemble", "split_mb", *NIGHT}))
+        others = {"masks", "seg_folder", "seg_type", "segments", "features", "ensemble", "split_mb"}
+        return Score(**self.model_dump(exclude={*others, *NIGHT}))
 
     @property
     def cleaning(self) -> dict[str, Cleaning]:
@@ -551,6 +631,148 @@ class Vacuum(Section):
 
     after_days: Annotated[float, Field(gt=0)] = 7.0
     """Days that it must have been left alone; longer than any run takes."""
+
+
+PLANE_GROUPS = frozenset({"plate", "batch", "well", "row", "column", "site", "z", "t", "channel"})
+"""What a pattern of ``plates.pattern`` may name."""
+
+
+def plane_pattern(text: str) -> re.Pattern[str]:
+    """The compiled pattern of a plane's path; :class:`InputError` when it is none, or its groups do not place a plane."""
+    try:
+        pattern = re.compile(text)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise InputError(f"pattern {text!r} is no regular expression: {e}") from None
+    groups = set(pattern.groupindex)
+    unknown = sorted(groups - PLANE_GROUPS)
+    if unknown:
+        raise InputError(f"pattern {text!r} names {', '.join(unknown)}, wanted groups among {', '.join(sorted(PLANE_GROUPS))}")
+    if ("well" in groups) == ({"row", "column"} <= groups) or ("well" in groups and groups & {"row", "column"}):
+        raise InputError(f"pattern {text!r} wants a group well, or row and column, got {', '.join(sorted(groups)) or 'none'}")
+    return pattern
+
+
+Treatment = Literal["negative", "positive", "empty", "treated"]
+PLATEMAP_COLUMNS = (
+    "plate", "well", "row", "column", "compound", "concentration", "unit", "solvent", "control", "moa", "cell_line", "replicate"
+)  # fmt: skip
+"""What a plate map may say of a well, by our names."""
+
+
+class PlateMaps(Section):
+    """What is in the wells: CSV or TSV tables of a row per well, and maybe one that joins the barcodes of plates with them."""
+
+    tables: Names = ()
+    """Path patterns, inside the archive, or URLs of the tables, such as ``platemap/*.txt``. A table without a column for the plate
+    is the map of its file's name."""
+    barcodes: str | None = None
+    """Path or URL of the table with ``Assay_Plate_Barcode`` and ``Plate_Map_Name``; None: a plate is named as its map."""
+    columns: dict[str, str] = {}
+    """Names of the tables' columns by ours, such as ``{control: SBS_Controls}``: plate, well (or row and column), compound,
+    concentration, unit, solvent, control, moa, cell_line, replicate. Usual names need not be given."""
+    constants: dict[str, str] = {}
+    """What holds for every well and is in no column, such as ``{cell_line: U2OS, unit: uM}``, by the same names."""
+    controls: dict[str, Treatment] = {}
+    """What the values of the column ``control`` mean: negative, positive, empty or treated, such as ``{"-1": negative}``. Usual
+    values (negcon, poscon, empty, trt) need not be given."""
+    blank: dict[str, Treatment] = {}
+    """What a well with an empty compound is, by its solvent, such as ``{DMSO: negative, "": empty}``; others are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_text(cls, data):
+        """YAML reads ``-1:`` as a number."""
+        if not isinstance(data, dict):
+            return data
+        return {k: {str(a): b for a, b in v.items()} if isinstance(v, dict) else v for k, v in data.items()}
+
+    @model_validator(mode="after")
+    def _knows_columns(self):
+        for where, keys in (("columns", self.columns), ("constants", self.constants)):
+            for key in sorted(set(keys) - set(PLATEMAP_COLUMNS)):
+                near = difflib.get_close_matches(key, PLATEMAP_COLUMNS, 1, 0.0)[0]
+                raise ValueError(f"{where} names {key}; did you mean {near}?")
+        both = sorted(set(self.columns) & set(self.constants))
+        if both:
+            raise ValueError(f"{', '.join(both)} is both in columns and in constants, wanted one")
+        return self
+
+
+def _pairs(value):
+    """A mapping as pairs, so that its order counts in a digest; ids may be numbers in YAML."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if isinstance(pairs, (list, tuple)):
+        return [tuple(map(_channel_text, p)) if isinstance(p, (list, tuple)) else p for p in pairs]
+    return pairs
+
+
+def _channel_text(value):
+    """Text of a number; without leading zeros, as file names are read."""
+    text = str(value) if isinstance(value, int) else value
+    return text.lstrip("0") or "0" if isinstance(text, str) and text.isascii() and text.isdigit() else text
+
+
+class Plates(Section):
+    """Plates of a screen: how the names of images are read, and which channels a field has."""
+
+    channels: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs), Field(min_length=1)]
+    """Names of the channels and the vendor's id of each, such as ``{DNA: 1, GFP: 2}``, in the order in which a network sees them.
+    Ids are as file names or the index have them (``1``, ``DAPI - DAPI``), or a channel's name there. Other channels are ignored."""
+    convention: Literal["imagexpress", "opera", "cellvoyager", "cellomics", "incell", "sbs"] | None = None
+    """Whose file names these are; None: whichever convention a name follows."""
+    pattern: str | None = None
+    """Regular expression of other file names, with named groups: well (or row and column), plate, batch, site, z, t, channel. It
+    is for the whole name of the file, or for its whole path if it has a ``/``."""
+    wells: Literal[6, 12, 24, 48, 96, 384, 1536] = 1536
+    """Wells of a plate; an image of a well beyond is refused."""
+    z: Literal["planes", "projections"] = "planes"
+    """``planes``: each z is a field of its own. ``projections``: only the vendor's projections are fields."""
+    index: bool = True
+    """False leaves vendors' index files aside."""
+    maps: PlateMaps | None = None
+    """Plate maps; None: nothing is known of the wells."""
+    quality: FieldQuality = FieldQuality()
+    nuclei: Nuclei | None = None
+    """How nuclei are counted; None: they are not."""
+    target: Literal["control", "moa", "compound"] = "control"
+    """What of a plate map is the class of a field. A well whose control type is none of ``classes``, or of which nothing is said,
+    has no label (``volumes.labels.allow_missing``)."""
+    split_by: Literal["compound", "plate", "batch", "well"] = "compound"
+    """What no split tears: all doses and replicates of a compound together (controls and empty wells by plate), or all of a plate,
+    of a batch, or the fields of a well."""
+    splits: dict[Split, Names] = {}
+    """By split the wells that are in it, as patterns such as ``{val: B*, test: [C*, D*]}``; the first that fits counts. Other wells
+    go by their hash, as ``volumes.splits`` says."""
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.pattern is not None:
+            if self.convention:
+                raise ValueError("pattern and convention both say how names are read, wanted one")
+            plane_pattern(self.pattern)
+        names, ids = zip(*self.channels, strict=True)
+        for what, some in (("names", names), ("ids", ids)):
+            if len(set(some)) < len(some) or "" in some:
+                raise ValueError(f"{what} of channels repeat or are empty: {list(some)}")
+        if self.nuclei and self.nuclei.channel not in names:
+            raise ValueError(f"nuclei.channel is {self.nuclei.channel}, wanted one of {list(names)}")
+        return self
+
+
+class Screen(Section):
+    """What is made of the predictions on the fields of a screen: profiles of wells, quality of plates, hits."""
+
+    score: str | None = None
+    """The class whose probability is the score of a well; None: ``positive`` if there is such a class, else the last one."""
+    by: Literal["probability", "projection"] = "probability"
+    """``projection``: the score is where the profile of a well lies between the controls that were trained on, 0 at the mean of the
+    negative and 1 at that of the positive ones; it goes on where a probability is at its end. Wants ``score.features``."""
+    normalize: Literal["standardize", "robustize", "mad_robustize", "spherize"] = "mad_robustize"
+    """How profiles are brought on the scale of the negative controls of their plate."""
+    side: Literal["two-sided", "greater", "less"] = "greater"
+    """On which side of the negative controls the score of a hit lies."""
+    fdr: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """False discovery rate up to which a well is a hit."""
 
 
 class Tracking(Section):
@@ -588,12 +810,15 @@ class Config(Section):
     deidentify: Deidentify = Deidentify()
     catalog: Catalog = Catalog()
     volumes: Volumes = Volumes()
+    plates: Plates | None = None
+    """Plates of a screen; None: the archive holds none."""
     preprocess: Preprocess = Preprocess()
     patches: Patches = Patches()
     train: Train = Train()
     groups: Groups = Groups()
     promote: Promote = Promote()
     score: Score = Score()
+    screen: Screen = Screen()
     watch: Watch = Watch()
     vacuum: Vacuum = Vacuum()
     tracking: Tracking = Tracking()
@@ -657,6 +882,12 @@ class Config(Section):
                 f"score.masks {self.score.masks} wants score.seg_folder: DICOM SEG hold the names of patients, so they go to a "
                 "folder that is protected as the archive is, never into the lake"
             )
+        if self.screen.score is not None and self.screen.score not in self.classes:
+            raise ValueError(f"screen.score is {self.screen.score}, wanted one of classes {list(self.classes)}")
+        if self.screen.by == "projection" and not self.score.features:
+            raise ValueError("screen.by projection wants score.features: true, which keeps the profiles")
+        if self.score.features and (self.task != "classification" or self.score.ensemble):
+            raise ValueError("score.features are those of one classifier: not of a segmentation, not of score.ensemble")
         if self.score.masks != "nifti" and self.task != "segmentation":
             raise ValueError(f"score.masks {self.score.masks} is for segmentation, task is {self.task}")
         return self

@@ -3,7 +3,7 @@
 import datetime
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.dates import ConciseDateFormatter
@@ -216,8 +216,9 @@ def overlay(
     return _png(figure, dpi=120)
 
 
-def gallery(items: Sequence[tuple[Volume, str, str, float]], columns: int = 4) -> bytes:
-    """A grid of images with what was predicted, what is true, and the probability; of a volume its middle slice."""
+def gallery(items: Sequence[tuple[Volume, str, bool]], columns: int = 4) -> bytes:
+    """A grid of images, each under its caption, which is marked or not; of a volume its middle slice, of two channels or more than
+    three the first."""
     rows = math.ceil(len(items) / columns)
     tallest = max(v.spatial_shape[1] * v.spacing[1] / (v.spatial_shape[0] * v.spacing[0]) for v, *_ in items)
     figure = Figure(figsize=(2.3 * columns, (2.15 * min(tallest, 1.6) + 0.45) * rows), layout="constrained")
@@ -226,7 +227,7 @@ def gallery(items: Sequence[tuple[Volume, str, str, float]], columns: int = 4) -
         axes.spines[:].set_visible(False)
         if n >= len(items):
             continue
-        image, predicted, true, probability = items[n]
+        image, caption, marked = items[n]
         if image.spatial_shape[2] > 1:
             image = geometry.reorient(image, "LPS")
         plane = image.array[:, :, :, image.spatial_shape[2] // 2]
@@ -235,12 +236,73 @@ def gallery(items: Sequence[tuple[Volume, str, str, float]], columns: int = 4) -
         spacing = image.spacing
         shown = shown if shown.shape[2] == 3 else shown[..., 0]
         axes.imshow(shown, cmap="gray", vmin=0, vmax=1, aspect=spacing[1] / spacing[0], interpolation="bilinear")
-        right = predicted == true
-        axes.set_title(
-            f"{'right' if right else 'wrong'}: {predicted} {probability:.2f}" + ("" if right else f"\ntrue: {true}"),
-            fontsize=9, color=INK if right else "#b3261e", fontweight="normal" if right else "bold",
-        )  # fmt: skip
+        axes.set_title(caption, fontsize=9, color="#b3261e" if marked else INK, fontweight="bold" if marked else "normal")
     return _png(figure, dpi=110)
+
+
+def plates(values: Mapping[str, np.ndarray], rows: Sequence[str], label: str, columns: int = 3) -> bytes:
+    """A heatmap (R, C) per plate on one scale; wells without a value stay white. ``rows`` are the letters of the rows."""
+    deep, wide = next(iter(values.values())).shape
+    across = min(columns, len(values))
+    down = math.ceil(len(values) / across)
+    figure = Figure(figsize=(3.1 * across + 0.7, (3.0 * deep / wide + 0.5) * down), layout="constrained")
+    found = np.concatenate([v[np.isfinite(v)] for v in values.values()])
+    low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
+    drawn = None
+    for n, axes in enumerate(figure.subplots(down, across, squeeze=False).ravel()):
+        axes.spines[:].set_visible(False)
+        if n >= len(values):
+            axes.set(xticks=[], yticks=[])
+            continue
+        name, array = list(values.items())[n]
+        drawn = axes.imshow(array, cmap="viridis", vmin=low, vmax=high, aspect="equal")
+        every = max(1, wide // 12)
+        axes.set_xticks(range(0, wide, every), range(1, wide + 1, every))
+        axes.set_yticks(range(0, deep, max(1, deep // 8)), rows[:: max(1, deep // 8)])
+        axes.tick_params(labelsize=7, colors=SOFT, length=0)
+        axes.set_title(name, loc="left", fontsize=9, color=INK)
+    figure.colorbar(drawn, ax=figure.axes, shrink=0.8, label=label).ax.tick_params(labelsize=7)
+    return _png(figure)
+
+
+def doses(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], np.ndarray] | None, str]],
+    ylabel: str,
+    columns: int = 4,
+) -> bytes:
+    """Per compound its wells (doses, responses), the curve through them or None, and a caption; doses of 0 at the left end."""
+    down = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(2.5 * min(columns, len(curves)), 2.3 * down), layout="constrained")
+    grid = figure.subplots(down, min(columns, len(curves)), squeeze=False, sharey=True)
+    for axes, (name, (dose, response, curve, caption)) in zip(grid.ravel(), curves.items(), strict=False):
+        _plain(axes)
+        positive = dose[dose > 0]
+        least = positive.min() / 3 if len(positive) else 1.0
+        axes.plot(np.where(dose > 0, dose, least), response, "o", ms=3, color=COLOURS[0], alpha=0.7)
+        if curve is not None:
+            x = np.geomspace(least, positive.max(), 200)
+            axes.plot(x, curve(x), color=COLOURS[1], lw=1.6)
+        axes.set_xscale("log")
+        axes.set_title(f"{name}\n{caption}", loc="left", fontsize=8, color=INK)
+        axes.set_xlabel("dose", fontsize=8)
+    for axes in grid.ravel()[len(curves) :]:
+        axes.set_visible(False)
+    grid[0, 0].set_ylabel(ylabel, fontsize=8)
+    return _png(figure)
+
+
+def cloud(points: np.ndarray, groups: Sequence[str], xlabel: str, ylabel: str) -> bytes:
+    """Points (N, 2) in the colour of their group."""
+    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    _plain(axes)
+    for n, name in enumerate(sorted(set(groups))):
+        of = np.array([g == name for g in groups])
+        axes.plot(*points[of].T, "o", ms=4, alpha=0.75, color=COLOURS[n % len(COLOURS)], label=name)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, labelcolor=INK)
+    return _png(figure)
 
 
 def _plain(axes):

@@ -5,6 +5,7 @@ section says in one sentence.
 """
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import importlib.resources
@@ -22,6 +23,7 @@ from sparkmed import dataset, formats, pictures, reasons, scoring, storage, tabl
 from sparkmed.config import Config
 from sparkmed.formats import isolation
 from sparkmed.formats.instance import VolumeHeader
+from sparkmed.hcs import hits, quality, wells
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import metrics
 from sparkmed.learning.model import SPEC, Model, ModelSpec
@@ -34,6 +36,8 @@ LISTED = 24
 """Figures of the last look that are shown, the most changed ones."""
 WORST = 12
 """Rows in a table of single subjects."""
+PLATES, CURVES = 12, 16
+"""Plates and compounds of a screen that are shown."""
 
 
 def write(config: Config, registry: tracking.Registry) -> str:
@@ -51,6 +55,7 @@ def write(config: Config, registry: tracking.Registry) -> str:
         "results": results,
         "examples": _examples_section(config, facts, rows, evaluated),
         "scored": _scored(config),
+        "screen": _screen(config, rows, facts),
         "watch": _watched(config),
         "decisions": _decisions(config),
         "quarantine": refusals(config),
@@ -344,6 +349,67 @@ _ALARMS = {
 }
 
 
+@isolation.isolated()
+def _screen(config: Config, rows: list[dict], facts: dict) -> dict[str, Any] | None:
+    """What a screen answers; None for a project that has no plates. Compounds go by the names of the plate map."""
+    if config.plates is None:
+        return None
+    table = tables.wells(config.lake).read().to_pandas()
+    if table.empty or set(table["model_digest"]) != {facts.get("digest")}:
+        return {"missing": "The screen stage has not looked at this model's predictions yet."}
+    shape = wells.FORMATS[config.plates.wells]
+    shown = sorted(table["plate"].unique())[:PLATES]
+    maps = {p: quality.heatmap(table[table["plate"] == p], ["score"], shape)[0] for p in shown}
+    judged = table[~table["split"].isin(["train", "val"])]
+    kinds = judged["control"].fillna("treated")
+    plates = tables.plates(config.lake).read().to_pandas()
+    compounds = tables.compounds(config.lake).read().to_pandas().sort_values(["hits", "compound"], ascending=[False, True])
+    summary = storage.read_json(storage.join(config.lake, "screen", "summary.json"))
+    out = {
+        "summary": summary,
+        "wells": len(table),
+        "hits": int(table["hit"].eq(True).sum()),
+        "plates": [r for r in plates[plates["feature"] == "score"].to_dict("records") if r["plate"] in shown],
+        "more_plates": max(0, table["plate"].nunique() - PLATES),
+        "maps": _inline(pictures.plates(maps, [wells.row_letters(n + 1) for n in range(shape[0])], "score")),
+        "controls": _inline(
+            pictures.strips({k: judged.loc[kinds == k, "score"].dropna().tolist() for k in sorted(set(kinds))}, "score")
+        ),
+        "compounds": compounds.head(CURVES).to_dict("records"),
+        "more_compounds": max(0, len(compounds) - CURVES),
+    }
+    curves = {}
+    for c in compounds.head(CURVES).to_dict("records"):
+        of = judged[(judged["compound"] == c["compound"]) & judged["concentration"].notna()]
+        fitted = (
+            hits.Curve(True, None, c["wells"], c["doses"], c["start"], c["end"], c["hill"], c["ec50"]) if c["identified"] else None
+        )
+        caption = f"EC50 {c['ec50']:.3g} ({c['ec50_low']:.3g} to {c['ec50_high']:.3g})" if fitted else c["reason"]
+        curves[c["compound"]] = of["concentration"].to_numpy(), of["score"].to_numpy(), fitted and fitted.at, caption
+    out["curves"] = _inline(pictures.doses(curves, "score")) if curves else None
+    profiled = table[table["profile"].notna()]
+    if len(profiled) > 2:
+        values = np.stack(profiled["profile"])
+        left, size, _ = np.linalg.svd(values - values.mean(0), full_matrices=False)
+        share = 100 * size**2 / max((size**2).sum(), 1e-300)
+        named = profiled["moa"].fillna(profiled["control"]).fillna("treated")
+        few = named if named.nunique() <= 8 else profiled["control"].fillna("treated")
+        axes = [f"principal component {n + 1} ({share[n]:.0f} % of the variance)" for n in (0, 1)]
+        out["cloud"] = _inline(pictures.cloud(left[:, :2] * size[:2], few.tolist(), *axes))
+    items = []
+    place = ["plate", "well"]
+    by_well = {(f.get("plate", "plate"), f["well"]): r for r in rows for f in [json.loads(r["header"])] if "well" in f}
+    for r in judged[judged["hit"].eq(True)].sort_values("robust_z", key=abs, ascending=False).to_dict("records"):
+        with contextlib.suppress(Refused):
+            image = formats.read_volume(VolumeHeader.from_row(by_well[tuple(r[k] for k in place)]))
+            dose = "" if pd.isna(r["concentration"]) else f", {r['concentration']:g} {r['unit'] or ''}".rstrip()
+            items.append((image, f"{r['well']} {r['compound'] or ''}{dose}\nscore {r['score']:.2f}", False))
+        if len(items) == GALLERY:
+            break
+    out["gallery"] = _inline(pictures.gallery(items)) if items else None
+    return out
+
+
 def _watched(config: Config) -> dict[str, Any]:
     """What the last look at new volumes found, and how the largest index went from look to look."""
     rows = tables.watch(config.lake).rows()
@@ -495,7 +561,9 @@ def _gallery(config: Config, model_url: str, rows: Sequence[dict], evaluated: li
         except Refused:
             continue
         p = int(np.argmax(known[row["uid"]]))
-        items.append((image, config.classes[p], config.classes[row["target"]], known[row["uid"]][p]))
+        right = p == row["target"]
+        caption = f"{'right' if right else 'wrong'}: {config.classes[p]} {known[row['uid']][p]:.2f}"
+        items.append((image, caption if right else f"{caption}\ntrue: {config.classes[row['target']]}", not right))
     return pictures.gallery(items) if items else None
 
 
@@ -577,7 +645,7 @@ def _moment(time: datetime.datetime) -> str:
 
 def _figure(value: Any, digits: int = 3) -> str:
     """A number for a table; a dash for what is not there."""
-    if value is None:
+    if value is None or value != value:
         return "\u2013"
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 

@@ -49,11 +49,12 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     """The prediction of one volume row as columns of ``predictions/``; writes the label map to ``mask_url`` and as DICOM SEG into
     ``segs`` (segmentation), as the model's score settings say.
 
-    ``ml`` is millilitres per class; ``probability`` is per class the probability of the image, or the mean over the voxels where
-    that class was predicted and stayed (null where there are none). ``score`` is against the row's label: Dice per class, or 1 and
-    0 for right and wrong; ``reliability`` how far its confidence can be believed. ``quantiles`` are of the image. ``seg_refused``,
-    no column, is why a prediction has no SEG where one was wanted; it counts without. Raises :class:`Refused` on pixels that cannot
-    be read or do not fit the network.
+    ``features`` are what the last layer of a classifier sees, where the settings ask for them. ``ml`` is millilitres per class;
+    ``probability`` is per class the probability of the image, or the mean over the voxels where that class was predicted and stayed
+    (null where there are none). ``score`` is against the row's label: Dice per class, or 1 and 0 for right and wrong;
+    ``reliability`` how far its confidence can be believed. ``quantiles`` are of the image. ``seg_refused``, no column, is why a
+    prediction has no SEG where one was wanted; it counts without. Raises :class:`Refused` on pixels that cannot be read or do not
+    fit the network.
     """
     started = time.perf_counter()
     header = VolumeHeader.from_row(row)
@@ -61,9 +62,12 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     quantiles = intensity.quantiles(image[0].array)
     if model.spec.task == "segmentation":
         found: Segmentation | ClassProbabilities = model.segment(image, keep=keeps_probabilities(model, row, segs))
+        out = written(model, row, found, mask_url, segs)
+    elif model.spec.score.features:
+        found, features = model.embed(image.pop())
+        out = written(model, row, found) | {"features": features.tolist()}
     else:
-        found = model.predict(image.pop())
-    out = written(model, row, found, mask_url, segs)
+        out = written(model, row, model.predict(image.pop()))
     return out | {"seconds": time.perf_counter() - started, "quantiles": quantiles}
 
 

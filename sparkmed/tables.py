@@ -129,6 +129,7 @@ PREDICTIONS = pa.schema(
             pa.list_(pa.float64()),
         ),  # against a label where there is one: Dice per class (null: absent in both), or correctness
         ("quantiles", pa.list_(pa.float64())),  # of the image's values: intensity.QUANTILES, channel by channel
+        ("features", pa.list_(pa.float32())),  # of the image, before the last layer (classification, where score.features)
         ("reliability", pa.list_(pa.float64())),  # against a label: metrics.reliability, of voxels or of the image
         ("seconds", pa.float64()),
         ("device", pa.string()),
@@ -186,6 +187,85 @@ WATCH = pa.schema(
         ("verdict", pa.string()),  # fine, few, drift, unseen, backlog, quarantine
         ("inputs", pa.string()),  # digest of what was compared: the same is not written again
         ("watched_at", _TIME),
+        *_LINEAGE,
+    ]
+)
+_PLACE = [("plate", pa.string()), ("well", pa.string()), ("row", pa.int64()), ("column", pa.int64())]
+_TREATMENT = [
+    ("compound", pa.string()),
+    ("concentration", pa.float64()),
+    ("unit", pa.string()),
+    ("control", pa.string()),  # negative, positive, empty; null for a treated well
+    ("moa", pa.string()),
+    ("cell_line", pa.string()),
+    ("replicate", pa.string()),
+]
+OF_CHANNELS = ("slope", "focus", "saturated", "at_maximum", "maximum", "background", "mean", "deviation")
+FIELDS = pa.schema(
+    [
+        ("key", pa.string()),  # digest of (volume, settings): each key once
+        ("volume", pa.string()),
+        ("settings", pa.string()),  # digest of plates.quality and plates.nuclei
+        ("channels", pa.list_(pa.string())),
+        *((name, pa.list_(pa.float64())) for name in OF_CHANNELS),  # hcs.image_quality.ImageQuality, per channel
+        ("flags", pa.list_(pa.string())),  # "GFP saturated"
+        ("cells", pa.int64()),  # null where nobody counted
+        *_LINEAGE,
+    ]
+)
+WELLS = pa.schema(
+    [
+        ("batch", pa.string()),
+        *_PLACE,
+        *_TREATMENT,
+        ("split", pa.string()),  # of its fields; null without a label
+        ("fields", pa.int64()),
+        ("cells", pa.float64()),  # in all of its fields
+        ("score", pa.float64()),
+        ("robust_z", pa.float64()),
+        ("p_robust", pa.float64()),
+        ("q_robust", pa.float64()),
+        ("p_empirical", pa.float64()),
+        ("q_empirical", pa.float64()),
+        ("hit", pa.bool_()),  # null where it cannot be said
+        ("profile", pa.list_(pa.float64())),  # on the scale of the plate's negative controls; null where there are none
+        ("model_digest", pa.string()),
+        *_LINEAGE,
+    ]
+)
+PLATES = pa.schema(
+    [
+        ("plate", pa.string()),
+        ("feature", pa.string()),
+        ("positives", pa.int64()),
+        ("negatives", pa.int64()),
+        ("z_prime", pa.float64()),
+        ("robust_z_prime", pa.float64()),
+        ("ssmd", pa.float64()),
+        ("robust_ssmd", pa.float64()),
+        ("v_factor", pa.float64()),
+        ("signal_window", pa.float64()),
+        ("reason", pa.string()),  # why figures are null
+        ("edge_effect", pa.float64()),
+        ("edge_p", pa.float64()),
+        ("model_digest", pa.string()),
+        *_LINEAGE,
+    ]
+)
+COMPOUNDS = pa.schema(
+    [
+        ("compound", pa.string()),
+        ("moa", pa.string()),
+        ("wells", pa.int64()),
+        ("doses", pa.int64()),
+        ("hits", pa.int64()),
+        ("identified", pa.bool_()),
+        ("reason", pa.string()),  # why the curve is not
+        *((f"{name}{end}", pa.float64()) for name in ("start", "end", "hill", "ec50") for end in ("", "_low", "_high")),
+        ("r2", pa.float64()),
+        ("flat_p", pa.float64()),
+        ("spearman", pa.float64()),  # of score and dose
+        ("model_digest", pa.string()),
         *_LINEAGE,
     ]
 )
@@ -424,6 +504,26 @@ def fingerprints(lake: str) -> Table:
 def watch(lake: str) -> Table:
     """What each look at new volumes and at the service found; the rows of one look share ``watched_at``."""
     return Table(storage.join(lake, "watch"), WATCH)
+
+
+def fields(lake: str) -> Table:
+    """How good each field of a screen is, and its cells."""
+    return Table(storage.join(lake, "screen", "fields"), FIELDS)
+
+
+def wells(lake: str) -> Table:
+    """What the champion says of each well of a screen: scores, p-values, profiles."""
+    return Table(storage.join(lake, "screen", "wells"), WELLS)
+
+
+def plates(lake: str) -> Table:
+    """How far each plate tells its controls apart, by the score and by each feature."""
+    return Table(storage.join(lake, "screen", "plates"), PLATES)
+
+
+def compounds(lake: str) -> Table:
+    """Dose-response and hits by compound."""
+    return Table(storage.join(lake, "screen", "compounds"), COMPOUNDS)
 
 
 def audit(out: str) -> Table:

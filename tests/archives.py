@@ -1,6 +1,10 @@
 """Small archives with known answers, written for tests."""
 
+import itertools
 import pathlib
+
+import numpy as np
+import tifffile
 
 from sparkmed.formats import nifti
 from sparkmed.imaging import phantom
@@ -44,3 +48,54 @@ def ct_config(folder: pathlib.Path, lake: pathlib.Path, **changes) -> dict:
             "network": {"name": "UNet", "channels": [8, 16], "strides": [2], "norm": "instance"},
         },
     } | changes
+
+
+PLATE_CHANNELS = {"GFP": 1, "DNA": 2}
+
+
+def plate(folder, columns: int = 4, size: int = 48, seed: int = 0) -> list[str]:
+    """Four rows of a plate of 96 wells in SBS names, two channels: the names of the images.
+
+    The first column holds negative controls, the last positive ones, and between them are doses of one compound, in the lower rows
+    of another. ``map.csv`` says so.
+    """
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    lines, names = ["Row,Col,Compound,Dose,Control"], []
+    for n, (row, column) in enumerate(itertools.product("ABCD", range(1, columns + 1)), 1):
+        share = (column - 1) / (columns - 1)
+        for channel in (1, 2):
+            image = rng.normal(20, 3, (size, size))
+            for i, j in rng.integers(6, size - 6, (4, 2)):
+                blob = np.exp(-((np.arange(size)[:, None] - i) ** 2 + (np.arange(size) - j) ** 2) / 18)
+                image += (150 if channel == 2 else 40 + 120 * share) * blob
+            names.append(f"Channel{channel}-{n:02d}-{row}-{column:02d}.tif")
+            tifffile.imwrite(folder / "images" / names[-1], image.clip(0, 255).astype(np.uint8))
+        control = {1: "neg", columns: "pos"}.get(column, "")
+        compound = "" if column == 1 else "reference" if column == columns else ("one" if row in "AB" else "two")
+        lines.append(f"{row},{column},{compound},{10 * share:g},{control}")
+    (folder / "map.csv").write_text("\n".join(lines) + "\n")
+    return names
+
+
+def plate_config(archive, lake, **changes) -> dict:
+    plain = {
+        "name": "plates", "task": "classification", "classes": ["negative", "positive"], "archive": str(archive), "lake": str(lake),
+        "identity": {"keep_subjects": True}, "volumes": {"labels": {"allow_missing": True}},
+        "plates": {
+            "convention": "sbs", "wells": 96, "channels": PLATE_CHANNELS, "split_by": "well", "nuclei": {"channel": "DNA"},
+            "splits": {"train": "A*", "val": "B*", "test": ["C*", "D*"]},
+            "maps": {
+                "tables": "map.csv", "controls": {"neg": "negative", "pos": "positive"},
+                "columns": {"row": "Row", "column": "Col", "compound": "Compound", "concentration": "Dose", "control": "Control"},
+            },
+        },
+        "preprocess": {"orientation": None, "size": [48, 48, 1]}, "score": {"features": True}, "train": {"device": "cpu"},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, last = key.rpartition("__")
+        where = plain
+        for name in section.split("__") if section else []:
+            where = where[name]
+        where[last] = value
+    return plain

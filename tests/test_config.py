@@ -43,6 +43,16 @@ LEAST = {"name": "p", "task": "segmentation", "classes": ["background", "organ"]
         ({"preprocess": {"cascade": {"digest": "x", "model": "m"}}}, "preprocess.cascade.digest"),
         ({"preprocess": {"cascade": {"output": "labels"}}}, "preprocess.cascade.model is missing"),
         ({"imports": ["os; import sys"]}, "imports.0"),
+        ({"plates": {}}, "plates.channels is missing"),
+        ({"plates": {"channels": {}}}, "plates.channels"),
+        ({"plates": {"channels": {"DNA": 1, "GFP": 1}}}, "ids of channels repeat or are empty: .'1', '1'."),
+        ({"plates": {"channels": {"DNA": ""}}}, "ids of channels repeat or are empty"),
+        ({"plates": {"channels": {"DNA": 1}, "convension": "sbs"}}, "did you mean plates.convention?"),
+        ({"plates": {"channels": {"DNA": 1}, "convention": "phenix"}}, "plates.convention: Input should be 'imagexpress'"),
+        ({"plates": {"channels": {"DNA": 1}, "wells": 100}}, "plates.wells: Input should be 6, 12"),
+        ({"plates": {"channels": {"DNA": 1}, "convention": "sbs", "pattern": "(?P<well>.*)"}}, "pattern and convention both say"),
+        ({"plates": {"channels": {"DNA": 1}, "pattern": "(?P<wel>.*)"}}, "names wel, wanted groups among batch, channel"),
+        ({"plates": {"channels": {"DNA": 1}, "maps": {"columns": {"dose": "x"}}}}, "columns names dose; did you mean"),
     ],
 )
 def test_a_wrong_config_is_one_sentence(change, sentence):
@@ -163,3 +173,29 @@ def test_a_backfill_is_all_a_date_or_a_share():
             config.Score(**data["score"])
     tonight = config.Score(backfill=0.5, per_night=3, attempts=1, retry_refused=True)
     assert tonight.numbers == config.Score(), "when a volume is scored is no part of a model"
+
+
+def test_the_order_of_channels_counts():
+    one, other = (config.parse({"channels": c}, "p", config.Plates) for c in ({"DNA": 1, "GFP": 2}, {"GFP": 2, "DNA": 1}))
+    assert one.channels == (("DNA", "1"), ("GFP", "2"))
+    assert config.digest(one) != config.digest(other)
+    assert config.parse(one.model_dump(mode="json"), "p", config.Plates) == one  # as a saved config has it
+    assert config.digest(config.parse({"channels": {"DNA": "1", "GFP": "02"}}, "p", config.Plates)) == config.digest(one)
+
+
+def test_a_config_without_plates_keeps_its_digest():
+    assert config.parse(LEAST).plates is None
+    assert config.digest(config.parse(LEAST)) == config.digest(LEAST)
+    assert config.digest(config.parse(LEAST | {"plates": {"channels": {"DNA": 1}}})) != config.digest(LEAST)
+
+
+def test_plates_in_yaml(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: p\ntask: segmentation\nclasses: [a, b]\narchive: a\n"
+        "plates:\n  channels: {DNA: 2, GFP: 01, ER: DAPI - DAPI}\n  maps:\n    tables: maps/*.txt\n    controls: {-1: negative}\n"
+    )
+    plates = config.load(str(path)).plates
+    assert plates.channels == (("DNA", "2"), ("GFP", "1"), ("ER", "DAPI - DAPI"))
+    assert (plates.maps.tables, plates.maps.controls) == (("maps/*.txt",), {"-1": "negative"})
+    assert config.load(str(path), ["plates.channels={X: 7}"]).plates.channels == (("X", "7"),)

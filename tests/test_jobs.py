@@ -24,7 +24,7 @@ def project(tmp_path_factory):
 
 
 def test_there_is_a_job_per_stage():
-    assert {p.stem for p in JOBS.glob("*.py")} == {*STAGES, "deidentify", "watch"}
+    assert {p.stem for p in JOBS.glob("*.py")} == {*STAGES, "deidentify", "screen", "watch"}
 
 
 def test_the_whole_path_by_spark_submit(spark_cluster, project):

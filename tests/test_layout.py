@@ -24,6 +24,7 @@ LAYERS = [
     {"storage"},
     {"cache", "identity", "imaging", "lease", "tables"},
     {"formats", "pictures"},
+    {"hcs"},
     {"cohort", "dataset", "drift"},
     {"learning"},
     {"scoring", "tracking", "training"},

@@ -27,8 +27,10 @@ __all__ = ["Instance", "Member", "VolumeHeader", "assemble", "inspect", "members
 _SEGMENTATIONS = {"dicom_seg": dicom_seg, "rtstruct": rtstruct}
 
 
-def read_instance(member: Member) -> Instance:
+def read_instance(member: Member, otherwise: dict | None = None) -> Instance:
     """What the headers of one file say, with the SHA-256 of its bytes; no pixel is decoded.
+
+    ``otherwise`` are the fields of a file whose content is of no known format, as its name makes it something.
 
     Raises :class:`Refused` and nothing else, whatever the bytes are. Reasons beside those of :mod:`dicom`, :mod:`nifti`
     and :mod:`raster`: ``EMPTY``, ``UNKNOWN_FORMAT``, ``UNREADABLE``, and those of :mod:`archive`.
@@ -38,7 +40,7 @@ def read_instance(member: Member) -> Instance:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
-            fields = _read_header(stream, size)
+            fields = _read_header(stream, size, otherwise)
     except Refused:
         raise
     except OSError as e:
@@ -57,7 +59,7 @@ def read_instance(member: Member) -> Instance:
     )
 
 
-def _read_header(stream, size: int) -> dict:
+def _read_header(stream, size: int, otherwise: dict | None) -> dict:
     """Fields of an :class:`Instance` by the content of the file, whatever its name."""
     if size == 0:
         raise Refused("EMPTY", "the file has no bytes")
@@ -76,6 +78,8 @@ def _read_header(stream, size: int) -> dict:
     head = nifti.head(start)
     if nifti.recognise(head):
         return nifti.read_header(head, size, start[:2] == nifti.GZIP_MAGIC)
+    if otherwise is not None:
+        return otherwise
     raise Refused("UNKNOWN_FORMAT", "not a DICOM, NIfTI, PNG, JPEG or TIFF file")
 
 
@@ -92,7 +96,8 @@ def read_volume(header: VolumeHeader) -> Volume:
         if size > MAX_VOLUME_BYTES:
             raise Refused("TOO_LARGE", f"a volume of {header.shape} voxels")
         segments = segmentation.is_segmentation(header)
-        array = (_read_dicom if header.format == "dicom" else _read_segmentation if segments else _read_single)(header)
+        reads = {"dicom": _read_dicom, "plate": _read_field}
+        array = reads.get(header.format, _read_segmentation if segments else _read_single)(header)
         affine = np.array(header.affine, np.float64).reshape(4, 4)
         return Volume(array, affine, header.series_uid, header.modality, header.sources)
     except (Refused, isolation.Unavailable):
@@ -113,6 +118,17 @@ def _read_single(header: VolumeHeader) -> np.ndarray:
     ((_, data),) = _sources(header)
     read = {"nifti": nifti.read_array, "raster": raster.read_array}[header.format]
     return _of_shape(isolation.decode(read, data, what=f"{header.format} on source 1 of 1"), header)
+
+
+def _read_field(header: VolumeHeader) -> np.ndarray:
+    """The channels of a field of a plate, a picture each, in the order of the sources."""
+    planes = [None] * len(header.sources)
+    for n, data in _sources(header):
+        plane = isolation.decode(raster.read_array, data, what=f"raster on source {n + 1} of {len(header.sources)}")
+        if plane.shape != (1, *header.shape[1:]):
+            raise Refused("BAD_SHAPE", f"channel {n + 1} has shape {plane.shape}, the header says {(1, *header.shape[1:])}")
+        planes[n] = plane
+    return _of_shape(np.concatenate(planes), header)
 
 
 def _read_segmentation(header: VolumeHeader) -> np.ndarray:

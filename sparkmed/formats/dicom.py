@@ -13,6 +13,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pydicom
@@ -261,6 +262,35 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         if "Rows" in h or "Image" in name:
             raise Refused("NO_PIXEL_DATA", "an image object without pixel data")
         return fields
+    layout = _layout(h, pixels, syntax, stopped, size)
+    return fields | _image(h, layout, {"study": study, **_slice_facts(h, pixels), **layout.facts}, sop_class)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How pixels are stored; ``cut`` is why not all of them are there."""
+
+    rows: int
+    columns: int
+    frames: int
+    samples: int
+    allocated: int
+    stored: int
+    photometric: str
+    cut: list[str] | None = None
+
+    @property
+    def facts(self) -> dict:
+        return {
+            "frames": None if self.frames == 1 else self.frames,
+            "photometric": self.photometric,
+            "allocated": self.allocated,
+            "bits": self.stored,
+            "problem": self.cut,
+        }
+
+
+def _layout(h: Header, pixels: tuple[int, int, int], syntax: str, stopped: int, size: int) -> _Layout:
     rows, columns = h.integer("Rows"), h.integer("Columns")
     frames, samples = h.integer("NumberOfFrames", 1), h.integer("SamplesPerPixel", 1)
     allocated = h.integer("BitsAllocated", {0x7FE00008: 32, 0x7FE00009: 64}.get(pixels[0]))
@@ -281,9 +311,13 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         if e.reason != "TRUNCATED" or frames > 1:
             raise
         cut = [e.reason, e.message]  # a slice that its series must be known to lack
-    spacing = h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2)
-    header = {
-        "study": study,
+    return _Layout(rows, columns, frames, samples, allocated, stored, photometric, cut)
+
+
+def _slice_facts(h: Header, pixels: tuple[int, int, int]) -> dict:
+    """What an image says about where it lies, what it is of its series, and what its pixels mean."""
+    concatenation = [h.uid("ConcatenationUID"), h.integer("InConcatenationTotalNumber", 0)]
+    return {
         "scanner": _scanner(h),
         "series": h.integer("SeriesNumber"),
         "number": h.integer("InstanceNumber"),
@@ -301,25 +335,24 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
         "frame": h.uid("FrameOfReferenceUID") or None,
         "position": h.numbers("ImagePositionPatient", 3),
         "orientation": h.numbers("ImageOrientationPatient", 6),
-        "spacing": spacing,
+        "spacing": h.numbers("PixelSpacing", 2) or h.numbers("ImagerPixelSpacing", 2) or h.numbers("NominalScannedPixelSpacing", 2),
         "gap": h.number("SpacingBetweenSlices"),
         "thickness": h.number("SliceThickness"),
-        "frames": None if frames == 1 else frames,
-        "photometric": photometric,
-        "allocated": allocated,
-        "bits": stored,
         "signed": bool(h.integer("PixelRepresentation", 0)),
         "float": pixels[0] != 0x7FE00010 or None,
         "slope": h.number("RescaleSlope"),
         "intercept": h.number("RescaleIntercept"),
         "rescale_type": kind if (kind := h.text("RescaleType")) in _RESCALE_TYPES else None,
         "lut": "ModalityLUTSequence" in h or None,
-        "problem": cut,
         "burned_in": h.text("BurnedInAnnotation") == "YES" or None,
-        "concatenation": [h.uid("ConcatenationUID"), h.integer("InConcatenationTotalNumber", 0)]
-        if "ConcatenationUID" in h
-        else None,
+        "concatenation": concatenation if "ConcatenationUID" in h else None,
     }
+
+
+def _image(h: Header, layout: _Layout, header: dict, sop_class: str) -> dict:
+    """The fields of an :class:`Instance` that an image adds to those of any object; ``header`` is filled up."""
+    rows, columns, frames = layout.rows, layout.columns, layout.frames
+    modality = h.text("Modality")
     slide = sop_class == SLIDE and "TotalPixelMatrixColumns" in h
     by_frame = frame_facts.slide(h, frames, rows, columns) if slide else frame_facts.functional_groups(h, frames)
     if not by_frame and frames > 1 and modality == "NM":
@@ -342,9 +375,8 @@ def _facts(ds, deflated: str | None, element: bytes, stopped: int, size: int) ->
     count = max(frames, len(by_frame))
     if slide:  # all frames are one picture
         (columns, rows), count = header["matrix"], 1
-    shape = (3 if photometric == "PALETTE COLOR" else samples, columns, rows, count)
-    fields.update(kind="image", shape=shape, affine=_slice_affine(header), header=to_json(header))
-    return fields
+    shape = (3 if layout.photometric == "PALETTE COLOR" else layout.samples, columns, rows, count)
+    return {"kind": "image", "shape": shape, "affine": _slice_affine(header), "header": to_json(header)}
 
 
 _COMMON = frozenset(

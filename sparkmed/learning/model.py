@@ -291,6 +291,22 @@ class Model:
             return self.segment(volume).labels
         return ClassProbabilities(zip(self.spec.classes, (float(p) for p in self._of_image(volume)), strict=True))
 
+    def embed(self, volume: Volume) -> tuple[ClassProbabilities, np.ndarray]:
+        """:meth:`predict` of a classifier, and the (F,) float32 features from which its last layer made the scores: their mean over
+        windows and mirrors. These are the profiles of learnt screening (Caicedo et al. 2018, CVPR; Moshkov et al. 2024).
+
+        Raises :class:`InputError` for a segmentation and for a network without a last linear layer.
+        """
+        if self.spec.task != "classification":
+            raise InputError(f"model {self.spec.name} is a segmentation: features are those of a classifier")
+        layer, seen = networks.last_linear(self.network, len(self.spec.classes), self.spec.network.name), []
+        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
+        try:
+            probabilities = self.predict(volume)
+        finally:
+            hook.remove()
+        return probabilities, torch.cat(seen).mean(0).numpy()
+
     def guide(self, volume: Volume, output: Literal["labels", "probabilities"]) -> Volume:
         """What the second model of a cascade gets from this one, on the input's own grid: the label map (1, I, J, K) as
         :meth:`predict` gives it, or the probabilities of the foreground classes (classes - 1, I, J, K)."""
@@ -375,6 +391,9 @@ class Ensemble(Model):
                 f"ensemble {self.spec.name}: its members preprocess in different ways, so none takes the others' patches"
             )
         return self._mean(m.predict_patches(batch) for m in self.members)
+
+    def embed(self, volume: Volume) -> tuple[ClassProbabilities, np.ndarray]:
+        raise InputError(f"ensemble {self.spec.name}: each of its members has features of its own; take one model")
 
     def _of_image(self, volume: Volume) -> np.ndarray:
         return self._mean(m._of_image(volume) for m in self.members)

@@ -87,6 +87,17 @@ def check(network: nn.Module, name: str, patch: tuple[int, int, int, int], class
         raise InputError(f"network {name} makes {found} of patches {patch}, wanted {wanted} for {task} into {classes} classes")
 
 
+def last_linear(network: nn.Module, classes: int, name: str) -> nn.Linear:
+    """The layer that makes class scores of a classifier, whose input is what the network makes of an image.
+
+    Raises :class:`InputError` for a network whose scores do not come from one linear layer.
+    """
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    if not layers or layers[-1].out_features != classes:
+        raise InputError(f"network {name} has no last linear layer into {classes} classes, whose input would be the features")
+    return layers[-1]
+
+
 def primary(output: Tensor | list[Tensor] | tuple) -> Tensor:
     """The one output that counts at inference: the first of several (deep supervision, hidden states)."""
     return output[0] if isinstance(output, (list, tuple)) else output

@@ -15,6 +15,7 @@ from sparkmed.pipeline.data import catalog, deidentify, patches, volumes
 from sparkmed.pipeline.ledger import current
 from sparkmed.pipeline.nightly import score, seg_folder
 from sparkmed.pipeline.promotion import rollback
+from sparkmed.pipeline.screen import screen
 from sparkmed.pipeline.training import train
 from sparkmed.pipeline.vacuum import vacuum
 from sparkmed.pipeline.watch import status, watch
@@ -23,7 +24,7 @@ from sparkmed.training import launch
 
 __all__ = [
     "STAGES", "StageFailed", "catalog", "check", "current", "deidentify", "make_report", "patches", "promote", "rollback", "run",
-    "run_stage", "score", "status", "train", "vacuum", "volumes", "watch",
+    "run_stage", "score", "screen", "status", "train", "vacuum", "volumes", "watch",
 ]  # fmt: skip
 
 log = logging.getLogger("sparkmed")
@@ -62,16 +63,18 @@ STAGES: dict[str, Callable[[Config], dict]] = {
 
 
 def run(config: Config, tell: Callable[[str], None] = log.info) -> dict[str, dict]:
-    """All stages in order; what each did. Every stage finds what is done already and leaves it."""
+    """All stages in order, and between score and report what a screen answers; what each did. Every stage finds what is done
+    already and leaves it."""
     problems = check(config)
     if problems:
         raise InputError("; ".join(problems))
-    return {name: run_stage(name, config, tell) for name in STAGES}
+    names = [n for name in STAGES for n in (["screen", name] if name == "report" and config.plates else [name])]
+    return {name: run_stage(name, config, tell) for name in names}
 
 
 def run_stage(name: str, config: Config, tell: Callable[[str], None] = log.info) -> dict:
     started = time.monotonic()
-    outcome = (STAGES | {"watch": watch})[name](config)
+    outcome = (STAGES | {"screen": screen, "watch": watch})[name](config)
     tell(f"{name:8s} {time.monotonic() - started:6.1f} s  " + ", ".join(f"{k} {v}" for k, v in outcome.items() if v is not None))
     return outcome
 

@@ -1,7 +1,9 @@
 """Archive to catalog: what files there are, read once each."""
 
+import collections
 import datetime
 import itertools
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,8 @@ from pyspark.sql import functions as F
 
 from sparkmed import formats, storage, tables
 from sparkmed.formats import archive
-from sparkmed.formats.instance import READER
+from sparkmed.formats.instance import READER, to_json
+from sparkmed.hcs import filenames, indexes
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import splits
 from sparkmed.rejection import InputError, Refused, Rejection
@@ -22,7 +25,7 @@ from sparkmed.spark.session import packed
 
 STAGE = "catalog"
 FILES_PER_SLOT = 5000
-"""Files per task slot that the driver holds at a time (twice: those being read, and the next ones)."""
+"""Files per task slot that the driver holds at a time (thrice: those being read, those read when slots are free, the next ones)."""
 _PATTERN = re.compile(r"[\[\]{}*?\\]")  # what Spark would take for a pattern of paths
 
 
@@ -100,7 +103,10 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
 
 
 def _read_all(spark: SparkSession, files: Iterator[storage.File], write: Callable[[list[storage.File]], Any]) -> list:
-    """What ``write`` makes of groups of ``files`` on the executors; the next files are listed while a batch of them is read."""
+    """What ``write`` makes of groups of ``files`` on the executors.
+
+    The next files are listed while a batch is read, and handed over before it is done: no slot waits for the last tasks of a batch.
+    """
     slots = spark.sparkContext.defaultParallelism
 
     def job(batch: list[storage.File]) -> list:
@@ -108,26 +114,26 @@ def _read_all(spark: SparkSession, files: Iterator[storage.File], write: Callabl
         groups = packed(batch, [f.size + 100_000 for f in batch], slots * 4)
         return spark.sparkContext.parallelize(groups, len(groups)).map(write).collect()
 
-    written, running = [], None
-    with ThreadPoolExecutor(1) as thread:
+    written, running = [], collections.deque()
+    with ThreadPoolExecutor(2) as threads:
         while batch := list(itertools.islice(files, FILES_PER_SLOT * slots)):
-            if running:
-                written += running.result()
-            running = thread.submit(job, batch)
-        if running:
-            written += running.result()
+            if len(running) == 2:
+                written += running.popleft().result()
+            running.append(threads.submit(job, batch))
+        for job_done in running:
+            written += job_done.result()
     return written
 
 
 def current(spark: SparkSession, lake: str) -> DataFrame:
     """The instances that count: of each file those of the last run that read it."""
     latest = _latest_files(spark, lake).where("not gone").select("container", "run")
-    return _read(spark, tables.catalog(lake)).where("format != 'gone'").join(latest, ["container", "run"], "left_semi")
+    return read(spark, tables.catalog(lake)).where("format != 'gone'").join(latest, ["container", "run"], "left_semi")
 
 
 def refused(spark: SparkSession, lake: str) -> DataFrame:
     """The quarantine rows that count."""
-    rows = _read(spark, tables.quarantine(lake))
+    rows = read(spark, tables.quarantine(lake))
     latest = _latest_files(spark, lake).where("not gone").select("container", "run")
     of_catalog = rows.where(F.col("stage") == STAGE).join(latest, ["container", "run"], "left_semi")
     return of_catalog.unionByName(rows.where(F.col("stage") != STAGE))
@@ -146,9 +152,9 @@ def _latest_files(spark: SparkSession, lake: str, finished: int | None = None) -
     if finished is None:
         finished = tables.catalog(lake).committed(STAGE)  # asked first: a run that ends now is not half seen
     whole = F.col("run") <= finished
-    read = _read(spark, tables.catalog(lake)).where(whole).select(*columns, "format", F.lit(0).alias("refused"))
-    kept_out = _read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE).where(whole)
-    rows = read.unionByName(kept_out.select(*columns, F.lit("").alias("format"), F.lit(1).alias("refused")))
+    taken = read(spark, tables.catalog(lake)).where(whole).select(*columns, "format", F.lit(0).alias("refused"))
+    kept_out = read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE).where(whole)
+    rows = taken.unionByName(kept_out.select(*columns, F.lit("").alias("format"), F.lit(1).alias("refused")))
     per_run = rows.groupBy("container", "run").agg(
         F.max("file_size").alias("file_size"),
         F.max("file_mtime_ns").alias("file_mtime_ns"),
@@ -162,7 +168,7 @@ def _latest_files(spark: SparkSession, lake: str, finished: int | None = None) -
     return last.select("container", *(f"last.{f}" for f in facts))
 
 
-def _read(spark: SparkSession, table: tables.Table) -> DataFrame:
+def read(spark: SparkSession, table: tables.Table) -> DataFrame:
     uris = table.uris()
     if not uris:
         return spark.createDataFrame(table.schema.empty_table().to_pandas(), _spark_schema(table))
@@ -204,11 +210,26 @@ def read_headers(file: storage.File, limits) -> Iterator:
                 yield member
                 continue
             try:
-                yield formats.read_instance(member)
+                yield formats.read_instance(member, of_index(member.path))
             except Refused as e:
                 yield e.at(member.uri, STAGE)
     except OSError as e:
         yield Rejection(storage.spelt(file.uri), STAGE, "UNREADABLE", e.strerror or type(e).__name__)
+
+
+def of_index(path: str) -> dict | None:
+    """The fields of an Instance that the name of a vendor's index file determines; None for other names."""
+    convention = filenames.index_convention(posixpath.basename(path))
+    if convention is None:
+        return None
+    plain = dict.fromkeys(("modality", "series_uid", "sop_uid", "sop_class", "transfer_syntax", "patient"), "")
+    return plain | {
+        "format": indexes.FORMAT,
+        "kind": "other",
+        "shape": (0, 0, 0, 0),
+        "affine": None,
+        "header": to_json({"source": convention}),
+    }
 
 
 def _unfinished(refusals: tables.Table, finished: int) -> list[str]:

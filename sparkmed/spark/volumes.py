@@ -1,7 +1,9 @@
 """Catalog to volumes: what belongs together, where it lies in space, whose it is."""
 
 import dataclasses
+import io
 import json
+import posixpath
 from collections import Counter
 
 import numpy as np
@@ -9,9 +11,10 @@ import pyarrow.compute as pc
 from pyspark.sql import SparkSession
 
 from sparkmed import cohort, formats, tables
-from sparkmed.config import Config, digest
-from sparkmed.formats import series
+from sparkmed.config import Config, Plates, digest
+from sparkmed.formats import archive, series
 from sparkmed.formats.instance import READER, Instance, VolumeHeader
+from sparkmed.hcs import fields, filenames, indexes
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import labels, preprocess
 from sparkmed.rejection import InputError, Refused, Rejection
@@ -33,6 +36,7 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
         READER,
         tables.catalog(config.lake).committed(catalog.STAGE),
         cohort.label_table(config),
+        *([cohort.plate_digest(config), config.plates] if config.plates else []),
         config.volumes,
         config.identity,
         fingerprint(key),
@@ -89,9 +93,11 @@ def row(member: cohort.Member, label_counts: list[int] | None) -> dict:
     }
 
 
-def group(instance: Instance) -> str:
-    """What the instances of one volume share; of segmentations, what copies of one object share. Always text: Spark sorts keys
-    when it spills."""
+def group(instance: Instance, plates: bool = False) -> str:
+    """What the instances of one volume share; of segmentations, what copies of one object share; of plates, the folder. Always
+    text: Spark sorts keys when it spills."""
+    if plates and instance.format in ("raster", indexes.FORMAT):
+        return repr((fields.FORMAT, filenames.plate_folder(posixpath.dirname(instance.path))))
     if instance.kind == "segmentation":
         return repr(("segmentation", instance.sop_uid or instance.sha256))
     return repr(series.series_key(instance)) if instance.format == "dicom" else instance.uri
@@ -102,20 +108,57 @@ def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], 
 
     def keyed(r):
         instance = dataclasses.replace(Instance.from_row(r.asDict()), patient=r.subject or "")
-        return group(instance), instance
+        return group(instance, plates is not None), instance
 
-    settings = config.volumes
+    settings, plates = config.volumes, config.plates
     grouped = catalog.current(spark, config.lake).rdd.map(keyed).groupByKey()
     headers, rejections = [], []
 
     def assembled(pair):
+        key, instances = pair
+        if plates is not None and key.startswith(repr((fields.FORMAT,))[:-2]):
+            return _fields(list(instances), plates)
         with decoding():  # copies of an instance are compared
-            return series.assemble(pair[1], settings)
+            return *series.assemble(instances, settings), {}
 
-    for found, refused in grouped.map(assembled).collect():
+    other_kinds = Counter()
+    for found, refused, others in grouped.map(assembled).collect():
         headers += found
         rejections += refused
+        other_kinds.update(others)
+    if plates is not None:
+        wells, copies = fields.once(h for h in headers if h.format == fields.FORMAT)
+        headers = [h for h in headers if h.format != fields.FORMAT] + wells
+        rejections += copies
+        if not wells and other_kinds["other channel"]:
+            raise InputError(
+                f"no image of the archive is of plates.channels {dict(plates.channels)}, {other_kinds['other channel']} are of "
+                "other channels: wanted the ids that file names or the index have"
+            )
     return sorted(headers, key=lambda h: h.source_paths), sorted(rejections, key=lambda r: (r.uri, r.reason))
+
+
+def _fields(instances: list[Instance], plates: Plates) -> tuple[list[VolumeHeader], list[Rejection], Counter]:
+    """Fields of the pictures in the folder of a plate, by their names and by the vendor's index if there is one; refusals; and how
+    many pictures are of what other kind."""
+    listed = [i for i in instances if i.format == indexes.FORMAT]
+    pictures = [i for i in instances if i.format != indexes.FORMAT]
+    index, rejections = None, []
+    details = {i.path: i for i in listed if i.path.lower().endswith(".mrf")}
+    wanted = [i for i in listed if i.path not in details and plates.index]
+    wanted = [i for i in wanted if i.facts["source"] != "csv"] or wanted  # the vendor's own before a list of somebody else's
+    if len(wanted) > 1:
+        message = f"{len(wanted)} index files in the folder of one plate; plates.index: false leaves them aside"
+        rejections += [Rejection(i.uri, STAGE, "BROKEN_INDEX", message) for i in wanted]
+    elif wanted:
+        detail = next(iter(details.values()), None)
+        try:
+            data = [io.BytesIO(d) for _, d in sorted(archive.read_many([i.uri for i in (wanted[0], detail) if i]))]
+            index = indexes.read(wanted[0].path, *data, uri=wanted[0].uri)
+        except Refused as e:
+            rejections.append(e.at(wanted[0].uri, STAGE))
+    found = fields.assemble(pictures, plates, index)
+    return found.headers, rejections + found.rejections, Counter(found.others.values())
 
 
 def _fitting(members: list[cohort.Member], config: Config) -> tuple[list[cohort.Member], list[Rejection]]:

@@ -172,6 +172,33 @@ def test_class_probabilities(window):
         classifier().probabilities(volume())
 
 
+@pytest.mark.parametrize("window", [(16, 16, 1), (8, 8, 1)])
+@pytest.mark.parametrize("mirrors", [(), (0, 1)])
+def test_features_are_what_the_last_layer_sees(window, mirrors):
+    model = classifier(window).with_settings(Score(mirrors=mirrors))
+    image = volume((3, 40, 30, 1))
+    probabilities, features = model.embed(image)
+    assert probabilities == model.predict(image) and features.dtype == np.float32 and features.shape == (512,)
+    seen, layer = [], model.network.plane.fc
+    hook = layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    model.predict(image)
+    hook.remove()
+    into, out = (torch.cat(x) for x in zip(*seen, strict=True))
+    assert len(into) == (16 // window[0]) ** 2 * 2 ** len(mirrors)
+    np.testing.assert_allclose(features, into.mean(0), atol=1e-6)
+    np.testing.assert_allclose(list(probabilities.values()), out.softmax(1).mean(0), atol=1e-6)
+
+
+def test_features_of_what_has_none_are_refused():
+    with pytest.raises(InputError, match="is a segmentation"):
+        segmenter().embed(volume())
+    with pytest.raises(InputError, match="no last linear layer into 3 classes"):
+        networks.last_linear(classifier().network, 3, "resnet10")
+    ensemble = models.Ensemble(classifier().spec, [classifier(), classifier()])
+    with pytest.raises(InputError, match="take one model"):
+        ensemble.embed(volume())
+
+
 def test_patches():
     assert segmenter().predict_patches(np.zeros((2, 1, 16, 16, 8), np.float32)).shape == (2, 3, 16, 16, 8)
     assert classifier().predict_patches(np.zeros((5, 1, 16, 16, 1), np.float32)).shape == (5, 2)

@@ -1,0 +1,158 @@
+"""Plates in the catalog and volumes stages: fields, wells and what their map says."""
+
+import collections
+import gzip
+import json
+
+import numpy as np
+import pytest
+import tifffile
+from archives import plate, plate_config
+
+from sparkmed import config, formats, storage, tables
+from sparkmed.formats.instance import VolumeHeader
+from sparkmed.rejection import InputError
+from sparkmed.spark import catalog, volumes
+
+pytestmark = pytest.mark.engine
+LINEAGE = {"config_digest": "c", "code_version": "v"}
+KEY = b"k" * 16
+
+
+@pytest.fixture
+def archive(tmp_path):
+    plate(tmp_path / "archive")
+    return tmp_path / "archive"
+
+
+def settings_of(tmp_path, **changes):
+    return config.parse(plate_config(tmp_path / "archive", tmp_path / "lake", **changes))
+
+
+def build(spark, settings, key=None):
+    catalog.update(spark, settings.archive, settings.lake, settings.catalog, key, LINEAGE)
+    counts = volumes.build(spark, settings, key, LINEAGE)
+    return counts, {json.loads(r["header"])["well"]: r for r in tables.volumes(settings.lake).rows()}
+
+
+def refused(settings):
+    rows = tables.quarantine(settings.lake).rows()
+    return sorted((storage.text(r["uri"].rpartition("/")[2]), r["reason"]) for r in rows)
+
+
+def test_a_field_per_well_with_the_channels_in_the_order_of_the_config(spark, tmp_path, archive):
+    settings = settings_of(tmp_path)
+    _, rows = build(spark, settings)
+    assert len(rows) == 16 and refused(settings) == [("map.csv", "UNKNOWN_FORMAT")]
+    image = formats.read_volume(VolumeHeader.from_row(rows["B03"])).array
+    stored = [tifffile.imread(archive / "images" / f"Channel{c}-07-B-03.tif") for c in (1, 2)]
+    assert np.array_equal(image[..., 0], np.stack([s.T for s in stored]))
+    turned = settings_of(tmp_path, plates__channels={"DNA": 2, "GFP": 1})
+    _, others = build(spark, turned)
+    assert np.array_equal(formats.read_volume(VolumeHeader.from_row(others["B03"])).array, image[::-1])
+    assert others["B03"]["uid"] != rows["B03"]["uid"]
+
+
+def test_labels_and_splits_are_those_of_the_plate_map(spark, tmp_path, archive):
+    _, rows = build(spark, settings_of(tmp_path))
+    found = {w: (r["split"], r["target"]) for w, r in rows.items() if r["split"]}
+    split = {"A": "train", "B": "val", "C": "test", "D": "test"}
+    assert found == {f"{r}0{c}": (split[r], int(c == 4)) for r in "ABCD" for c in (1, 4)}
+    treatment = json.loads(rows["C02"]["header"])["treatment"]
+    assert (treatment["compound"], round(treatment["concentration"], 3), treatment.get("control")) == ("two", 3.333, None)
+
+
+def test_a_changed_map_makes_the_volumes_anew_and_nothing_else_does(spark, tmp_path, archive):
+    settings = settings_of(tmp_path)
+    build(spark, settings)
+    assert build(spark, settings)[0]["changed"] == 0
+    text = (archive / "map.csv").read_text().replace("two", "three")
+    (archive / "map.csv").write_text(text)
+    counts, rows = build(spark, settings)
+    assert counts["changed"] == 1 and json.loads(rows["C02"]["header"])["treatment"]["compound"] == "three"
+
+
+def test_compounds_are_pseudonyms_under_a_key_and_together_in_one_split(spark, tmp_path, archive):
+    settings = settings_of(tmp_path, plates__split_by="compound", plates__splits={}, plates__target="compound",
+                           classes=["one", "two", "reference"])  # fmt: skip
+    catalog.update(spark, settings.archive, settings.lake, settings.catalog, KEY, LINEAGE)
+    with pytest.raises(InputError, match="split .* is empty"):  # three compounds are few
+        volumes.build(spark, settings, KEY, LINEAGE)
+    wide = settings_of(tmp_path, plates__split_by="compound", plates__splits={"train": "?02", "val": "?03", "test": "?04"},
+                       plates__target="compound", classes=["one", "two", "reference"])  # fmt: skip
+    with pytest.raises(InputError, match="more than one split, such as sub-"):
+        volumes.build(spark, wide, KEY, LINEAGE)
+
+
+def spoil_channel(archive):
+    (archive / "images" / "Channel2-06-B-02.tif").unlink()
+
+
+def spoil_size(archive):
+    tifffile.imwrite(archive / "images" / "Channel2-06-B-02.tif", np.zeros((8, 8), np.uint8))
+
+
+def spoil_file(archive):
+    path = archive / "images" / "Channel2-06-B-02.tif"
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def spoil_copy(archive):
+    data = (archive / "images" / "Channel2-07-B-03.tif").read_bytes()
+    (archive / "images" / "Channel2-99-B-02.tif").write_bytes(data)
+
+
+def spoil_map(archive):
+    lines = (archive / "map.csv").read_text().splitlines()
+    (archive / "map.csv").write_text("\n".join([*lines, "B,2,one,1,"]))
+
+
+def forget_well(archive):
+    lines = (archive / "map.csv").read_text().splitlines()
+    (archive / "map.csv").write_text("\n".join(x for x in lines if not x.startswith("B,2,")))
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (spoil_channel, "MISSING_CHANNEL"), (spoil_size, "FIELD_SIZE"), (spoil_file, "MISSING_CHANNEL"),
+        (spoil_copy, "DUPLICATE_PLANE"), (spoil_map, "TWO_ENTRIES"), (forget_well, "NO_ENTRY"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_one_well_keeps_no_other_out(spark, tmp_path, archive, spoil, reason):
+    spoil(archive)
+    settings = settings_of(tmp_path)
+    _, rows = build(spark, settings)
+    assert set(rows) == {f"{r}0{c}" for r in "ABCD" for c in (1, 2, 3, 4)} - {"B02"}
+    kinds = collections.Counter(r for name, r in refused(settings) if "B-02" in name)
+    assert kinds[reason] and sum(kinds.values()) == len(list((archive / "images").glob("*B-02*")))
+
+
+def test_a_channel_that_no_file_has_is_said(spark, tmp_path, archive):
+    with pytest.raises(InputError, match=r"no image of the archive is of plates.channels \{'GFP': '5'\}, 32 are of other channels"):
+        build(spark, settings_of(tmp_path, plates__channels={"GFP": 5}, plates__nuclei=None))
+
+
+def test_what_the_maps_lack_is_said_at_the_door(spark, tmp_path, archive):
+    with pytest.raises(InputError, match=r"has no column 'Dosis' for concentration; did you mean 'Dose'"):
+        build(spark, settings_of(tmp_path, plates__maps__columns={"row": "Row", "column": "Col", "concentration": "Dosis"}))
+    with pytest.raises(InputError, match=r"plates.maps.tables maps/\*.csv: no such file"):
+        build(spark, settings_of(tmp_path, plates__maps__tables="maps/*.csv"))
+    with pytest.raises(InputError, match="missing.csv cannot be read"):
+        build(spark, settings_of(tmp_path, plates__maps__barcodes="missing.csv"))
+
+
+def test_an_index_gives_what_names_do_not_and_is_no_quarantine(spark, tmp_path, archive):
+    rows = ["Metadata_Plate,Metadata_Well,Metadata_Site,FileName_OrigGFP,FileName_OrigDNA"]
+    for n, well in enumerate(f"{r}0{c}" for r in "ABCD" for c in (1, 2, 3, 4)):
+        names = [f"Channel{c}-{n + 1:02d}-{well[0]}-{well[1:]}.tif" for c in (1, 2)]
+        rows.append(",".join(["P7", well, "1", *names]))
+    (archive / "images" / "load_data.csv.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    settings = settings_of(tmp_path, plates__channels={"GFP": "GFP", "DNA": "DNA"})
+    _, found = build(spark, settings)
+    facts = json.loads(found["C03"]["header"])
+    assert (facts["plate"], facts["site"], facts["channels"]) == ("P7", 1, ["GFP", "DNA"])
+    assert refused(settings) == [("map.csv", "UNKNOWN_FORMAT")]
+    (archive / "images" / "load_data.csv.gz").write_bytes(gzip.compress("\n".join(rows).encode())[:-20])
+    _, found = build(spark, settings_of(tmp_path))
+    assert len(found) == 16 and ("load_data.csv.gz", "BROKEN_INDEX") in refused(settings)
