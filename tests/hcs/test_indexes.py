@@ -214,7 +214,9 @@ def test_broken_load_data(old, new, said):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\xff\xfe\x00", b"Metadata_Well\n\0", b"\x1f\x8b\x08\x00rubbish", gzip.compress(CSV.encode())[:60]]
+    "data",
+    [b"", b"\xff\xfe\x00", b"Metadata_Well\n\0", b"\x1f\x8b\x08\x00rubbish", gzip.compress(CSV.encode(), mtime=0)[:60]],
+    ids=["nothing", "UTF-16", "a NUL", "no gzip", "half a gzip"],
 )
 def test_a_list_that_is_no_text(data):
     assert reason("load_data.csv", data)[0] == "BROKEN_INDEX"
