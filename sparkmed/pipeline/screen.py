@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 from scipy import stats
 
 from sparkmed import lease, storage, tables
@@ -17,14 +15,12 @@ from sparkmed.hcs import hits, profiles, quality, retrieval, wells
 from sparkmed.pipeline import common, ledger
 from sparkmed.rejection import InputError, Rejection
 from sparkmed.spark import catalog as spark_catalog
-from sparkmed.spark import profiles as spark_profiles
 from sparkmed.spark import screen as spark_screen
 
 log = logging.getLogger("sparkmed")
 STAGE = spark_screen.STAGE
 SUMMARY = "screen/summary.json"
 TRAINED = ("train", "val")
-_HEAD = ["batch", *spark_screen.TREATMENT, "row", "column", "split"]
 
 
 def screen(config: Config) -> dict:
@@ -46,21 +42,9 @@ def _screen(config: Config) -> dict:
     width = _features(config, champion.model_digest)
     index = config.classes.index(score_class(config))
     frame = spark_screen.scored_fields(spark, config.lake, champion.model_digest, champion.settings, config.plates, index, width)
-    features = [f"f{n}" for n in range(width)]
-    medians = spark_profiles.aggregate(frame, ["plate", "well"], ["score", *features], "median", _HEAD, "fields").cache()
-    try:
-        table = medians.select("plate", "well", *_HEAD, "fields", "score").toPandas().sort_values(["plate", "row", "column"])
-        if table.empty:
-            raise InputError(f"lake {config.lake} has no prediction of a field: run the score stage first")
-        counted = frame.groupBy("plate", "well").agg(F.sum("cells").alias("cells")).toPandas()
-        table = table.merge(counted, on=["plate", "well"], how="left", validate="one_to_one")
-        normal = None
-        if width:
-            normal = spark_profiles.normalize(medians.drop("score"), features, config.screen.normalize)
-            found = normal.frame.select("plate", "well", *normal.features).toPandas()
-            table = table.merge(found, on=["plate", "well"], how="left", validate="one_to_one")
-    finally:
-        medians.unpersist()
+    table, normal = spark_screen.wells(frame, width, config.screen.normalize)
+    if table.empty:
+        raise InputError(f"lake {config.lake} has no prediction of a field: run the score stage first")
     names = normal.features if normal else []
     if config.screen.by == "projection":
         table["score"] = projection(table, names)
@@ -110,7 +94,7 @@ def projection(table: pd.DataFrame, features: list[str]) -> np.ndarray:
     return (values - means[profiles.NEGATIVE]) @ axis / max(axis @ axis, np.finfo(float).tiny)
 
 
-def _examine(config: Config, spark: SparkSession, lineage: dict) -> list[Rejection]:
+def _examine(config: Config, spark, lineage: dict) -> list[Rejection]:
     """Look at the fields that nobody looked at under these settings."""
     table, settings = tables.fields(config.lake), spark_screen.settings_digest(config.plates)
     rows = [r for r in common.volume_rows(config) if r["format"] == spark_screen.FORMAT]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.window import Window
@@ -11,7 +12,7 @@ from sparkmed.config import Plates, digest
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import image_quality, nuclei
 from sparkmed.rejection import Refused, Rejection
-from sparkmed.spark import catalog
+from sparkmed.spark import catalog, profiles
 from sparkmed.spark.session import decoding, packed
 
 STAGE = "screen"
@@ -104,3 +105,25 @@ def scored_fields(
         bad = F.exists(F.coalesce("flags", F.array()), lambda flag: flag.rlike(pattern))
         found = found.where(~bad)
     return found.drop("flags", "uid")
+
+
+def wells(frame: DataFrame, features: int, method: profiles.Method) -> tuple[pd.DataFrame, profiles.Normalized | None]:
+    """A row per well of :func:`scored_fields`, in the order of plates: medians of ``score`` and of the features, on the scale of the
+    plate's negative controls; the number of its ``fields``, and its ``cells`` in all. And what was said of features and plates.
+
+    What comes back is on the driver: it grows with wells, not with fields.
+    """
+    names, by = [f"f{n}" for n in range(features)], ["plate", "well"]
+    head = ["batch", *TREATMENT, "row", "column", "split"]
+    medians = profiles.aggregate(frame, by, ["score", *names], "median", head, "fields").cache()
+    try:
+        table = medians.select(*by, *head, "fields", "score").toPandas().sort_values(["plate", "row", "column"])
+        cells = frame.groupBy(*by).agg(F.sum("cells").alias("cells")).toPandas()
+        table = table.merge(cells, on=by, how="left", validate="one_to_one")
+        if not features or table.empty:
+            return table, None
+        normal = profiles.normalize(medians.drop("score"), names, method)
+        found = normal.frame.select(*by, *normal.features).toPandas()
+        return table.merge(found, on=by, how="left", validate="one_to_one"), normal
+    finally:
+        medians.unpersist()
