@@ -108,8 +108,8 @@ def scored_fields(
 
 
 def wells(frame: DataFrame, features: int, method: profiles.Method) -> tuple[pd.DataFrame, profiles.Normalized | None]:
-    """A row per well of :func:`scored_fields`, in the order of plates: medians of ``score`` and of the features, on the scale of the
-    plate's negative controls; the number of its ``fields``, and its ``cells`` in all. And what was said of features and plates.
+    """A row per well of :func:`scored_fields`, in the order of plates: medians of ``score`` and of the features, on the scale of
+    the plate's negative controls; the number of its ``fields``, and its ``cells`` in all. And what was said of features and plates.
 
     What comes back is on the driver: it grows with wells, not with fields.
     """
