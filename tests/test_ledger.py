@@ -3,6 +3,7 @@
 import csv
 import datetime
 import io
+import json
 import os
 import shutil
 import signal
@@ -200,6 +201,23 @@ def test_a_volume_that_kills_its_worker_does_not_end_the_night(spark, tmp_path):
     assert [f.path for f in storage.walk(marks)] == ["bad"]
 
 
+def test_more_volumes_that_kill_their_worker_than_spark_has_attempts_do_not_end_the_night(spark, tmp_path):
+    def run(rows, marks):
+        found = []
+        for row, deadly in spark_score._surviving(rows, marks):
+            if row["uid"].startswith("bad") and not deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            found.append((row["uid"], deadly))
+        return found
+
+    rows = {uid: {"uid": uid} for uid in ("a", "bad 1", "bad 2", "bad 3", "b", "c")}
+    costs = dict.fromkeys(rows, 1.0) | {"a": 100.0}  # one task
+    assert spark_score._outcomes(spark, rows, costs, 1, run, str(tmp_path / "marks")) == (
+        [[("a", False), ("b", False), ("c", False)]],
+        ["bad 1", "bad 2", "bad 3"],
+    )
+
+
 def test_a_new_champion_scores_what_the_config_says_and_old_scores_stay(project):
     settings = settings_of(project)
     images = project / "archive" / "img"
@@ -248,6 +266,7 @@ def test_current_predictions_as_csv_and_parquet(project, capsys):
     assert len(printed) == 6 and {"key", "volume", "ml_liver", "probability_kidneys", "scored_at"} <= printed[0].keys()
     by_key = {r["key"]: r for r in rows_of(settings)}
     assert all(float(r["ml_liver"]) == pytest.approx(by_key[r["key"]]["ml"][1]) for r in printed)
+    assert all(json.loads(r["quantiles"]) == by_key[r["key"]]["quantiles"] for r in printed)
     assert cli.main(["predictions", str(project / "project.yaml"), "--out", str(project / "out.parquet")]) == 0
     assert pq.read_table(project / "out.parquet").num_rows == 6
 
@@ -266,7 +285,7 @@ def test_a_number_is_traced_to_its_files_and_the_training_data(project, capsys):
     assert chain["model"] | {"version": "1", "digest": row["model_digest"], "champion": True} == chain["model"]
     assert chain["training"]["dataset_digest"] == "digest of the training data 1" and chain["training"]["training"] == "training 1"
     assert ledger.trace(settings, row["mask"])["prediction"]["key"] == row["key"]
-    for name in ("zzzz", ""):
+    for name in ("zzzz", "", "no text \udcff"):
         with pytest.raises(InputError, match="no predictions of lake .* have the key, mask or SEG"):
             ledger.trace(settings, name)
 

@@ -59,8 +59,12 @@ def model_digest(model_url: str) -> str:
 
 def settings_digest(config: Config, model_url: str) -> str:
     """Of how a model's predictions are made beyond what its own digest covers; of how often they are committed nothing."""
-    own = models.read_spec(model_url).score
-    return digest(config.score.overlap, config.score.blending, *config.score.changes(own), *config.score.outputs)[:16]
+    spec = models.read_spec(model_url)
+    changes = config.score.changes(spec.score)
+    own = isinstance(spec, models.EnsembleSpec) and any(s.score.mirrors for s in models.specs(model_url))
+    if own and config.score.mirrors == ():
+        changes = ["no mirrors", *changes]  # the spec of an ensemble says nothing of those of its members
+    return digest(config.score.overlap, config.score.blending, *changes, *config.score.outputs)[:16]
 
 
 def require_few(refused: int, total: int, most: float, setting: str, what: str):
