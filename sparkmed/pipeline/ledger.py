@@ -127,7 +127,7 @@ def current(config: Config) -> pa.Table:
 
 
 def as_csv(rows: pa.Table, config: Config) -> str:
-    """Predictions as CSV: what is per class is a column per class, such as ``ml_liver``, and other lists are JSON. The columns depend on
+    """Predictions as CSV: what is per class is a column per class, such as ``ml_liver``; other lists are JSON. Columns depend on
     the config alone."""
     frame = rows.to_pandas()
     of_image = {"score"} if config.task == "classification" else set()  # right or wrong
