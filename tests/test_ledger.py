@@ -101,6 +101,7 @@ def test_executors_write_rows_and_the_driver_commits_their_names(project):
         assert (r["model_name"], r["model_version"], r["dataset_digest"]) == ("nightly", "1", "digest of the training data 1")
         assert r["model_run"] == champion.registry.version_facts("1")["run_id"]
         assert r["code_version"] == common.code_version() and r["device"] == "cpu" and r["scored_at"]
+        assert r["mask"].split("/")[3] == f"1-{r['model_digest'][:8]}", "of another model under this version a mask stays"
         assert "img/" not in str(r) and settings.archive not in str(r), "sources are named in volumes/ alone"
     assert {r["batch"].rpartition("/")[2] for r in rows} == {"0", "1"} and len({r["batch"].partition("/")[0] for r in rows}) == 1
     assert len(table.paths()) > 2, "a file for each task"

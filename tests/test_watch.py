@@ -291,6 +291,8 @@ def test_the_command_line_hands_the_alarm_on(lake, capsys):
     assert cli.main(["watch", str(path)]) == 3
     assert "alarms drift" in capsys.readouterr().out
     assert cli.main(["watch", str(path), "watch.alpha=1e-30"]) == 0
+    assert cli.main(["watch", str(path), "classes=[background, liver, spleen]"]) == 2
+    assert "predicts ['background', 'liver']" in capsys.readouterr().err
 
 
 def test_what_came_last_is_looked_at_while_a_backfill_goes_on(lake):

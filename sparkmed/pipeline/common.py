@@ -146,7 +146,11 @@ def require_same_classes(config: Config, registry: tracking.Registry, *versions:
 
 def _require_model(config: Config, url: str, name: str, digest: str = ""):
     """Load it here once: what executors would refuse is said before they start."""
-    spec = models.Model.load(url, "cpu", config.imports, digest).spec
+    require_classes(config, models.Model.load(url, "cpu", config.imports, digest).spec, name)
+
+
+def require_classes(config: Config, spec: models.ModelSpec | models.EnsembleSpec, name: str):
+    """Raise :class:`InputError` unless the model predicts the config's classes, in its order."""
     if (spec.task, spec.classes) != (config.task, config.classes):
         raise InputError(
             f"{name} predicts {list(spec.classes)} ({spec.task}), the config says {list(config.classes)} ({config.task}): give the "

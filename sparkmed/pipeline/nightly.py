@@ -65,7 +65,8 @@ def _predict(
     registry, version, settings = champion.registry, champion.version, champion.settings
     segs = folder and scoring.SegFolder(folder, registry.model, version, champion.model_digest, settings)
     with_masks = config.task == "segmentation" and config.score.masks != "seg"
-    paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
+    model = f"{version}-{champion.model_digest[:8]}"  # a registry that was made anew counts its versions from 1 again
+    paths = {r["uid"]: scoring.mask_path(registry.model, model, settings, r["subject"], r["uid"]) for r in batch.values()}
     masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
     table, keys = tables.predictions(config.lake), {r["uid"]: k for k, r in batch.items()}
     lineage = {

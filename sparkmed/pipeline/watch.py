@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from sparkmed import arrivals, cohort, drift, tables, tracking
 from sparkmed.config import Config, digest
+from sparkmed.learning import model as models
 from sparkmed.pipeline import common
 from sparkmed.pipeline.promotion import QUARANTINED, fingerprint, sources
 from sparkmed.rejection import InputError
@@ -31,7 +32,9 @@ def watch(config: Config) -> dict:
     version = registry.champion()
     if version is None:
         raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
-    model_digest = common.model_digest(registry.fetch(version, config.lake))
+    url = registry.fetch(version, config.lake)
+    common.require_classes(config, models.read_spec(url), f"version {version} of model {registry.model}")
+    model_digest = common.model_digest(url)
     now = datetime.datetime.now(datetime.UTC)
     volumes = common.volume_rows(config)
     kept = fingerprint(config, registry, version)
