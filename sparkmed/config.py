@@ -475,14 +475,14 @@ class Watch(Section):
     backlog, 5 quarantine."""
 
     window: Positive = 200
-    """New volumes that are compared with the champion's fingerprint: those scored last."""
+    """New volumes that are compared with the champion's fingerprint: of those that it scored the ones that came last."""
     minimum: Annotated[int, Field(ge=5)] = 20
     """Subjects on either side below which nothing is judged."""
     psi: Annotated[float, Field(ge=0)] = 0.25
     """Population stability index from which a change matters (Siddiqi 2006: 0.1 is some, 0.25 a large change)."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Chance of any false alarm of drift in one look, over all figures and sources."""
-    quarantine_days: Annotated[float, Field(gt=0)] = 7.0
+    quarantine_days: Annotated[float, Field(gt=0, le=36500)] = 7.0
     """Days back in which files that were new are counted."""
     quarantine_rise: Share = 0.1
     """How far the share of new volumes in quarantine may rise above the share when the champion was chosen."""
@@ -629,7 +629,7 @@ class Score(Section):
 class Vacuum(Section):
     """What is removed that nobody needs: see ``sparkmed vacuum``."""
 
-    after_days: Annotated[float, Field(gt=0)] = 7.0
+    after_days: Annotated[float, Field(gt=0, le=36500)] = 7.0
     """Days that it must have been left alone; longer than any run takes."""
 
 

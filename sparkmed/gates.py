@@ -45,7 +45,9 @@ def judge(
     says = f"mean {mean:.4f} over {len(scores)} test subjects, wanted at least {settings.minimum:g}"
     gates = [Gate("metric", mean, settings.minimum, mean >= settings.minimum, says)]
     if theirs is not None:
-        gate, compared = _comparison(settings, scores, scoring.subject_scores(theirs), champion, seed)
+        shared = {r["volume"] for r in ours if r.get("score")} & {r["volume"] for r in theirs if r.get("score")}
+        pair = (scoring.subject_scores([r for r in rows if r["volume"] in shared]) for rows in (ours, theirs))
+        gate, compared = _comparison(settings, *pair, champion, seed)
         gates.append(gate)
         numbers |= compared
     by_group = _group_means(ours, groups)

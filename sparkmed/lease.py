@@ -58,7 +58,8 @@ def _take(url: str, what: str, mine: dict, wait: bool):
         found = _read(url)
         if found != seen:
             seen, since = found, time.monotonic()
-        if found and (_dead(found, mine) or time.monotonic() - since > PATIENCE):
+        # a file without a word is of who died before it could write, or writes now
+        if found is not None and (_dead(found, mine) or time.monotonic() - since > PATIENCE):
             if _read(url) == found:  # of two who find this at once one may take it from the other: both work then
                 with contextlib.suppress(FileNotFoundError):
                     storage.remove(url)
@@ -98,9 +99,10 @@ def _read(url: str) -> bytes | None:
 
 def _facts(found: bytes | None) -> dict:
     try:
-        return json.loads(found or b"{}")
+        facts = json.loads(found or b"{}")
     except ValueError:  # being written, or not ours
         return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _holder(found: bytes | None) -> str | None:

@@ -25,7 +25,12 @@ PASSING = frozenset({"UNREADABLE", "CHANGED", FAILED, WORKER_LOST})
 
 
 def stays(refusal: dict, attempts: int) -> bool:
-    """Whether a volume is not tried again, by a quarantine row of it: it is broken, or has failed ``attempts`` times."""
+    """Whether a volume is not tried again, by a quarantine row of it: it is broken, or has failed ``attempts`` times.
+
+    A row of attempt 0 is of a prediction without its SEG: it says nothing of the volume, and the prediction may not be in yet.
+    """
+    if refusal["attempt"] == 0:
+        return False
     return refusal["reason"] not in PASSING or refusal["attempt"] is None or refusal["attempt"] >= attempts
 
 

@@ -69,7 +69,7 @@ QUARANTINE = pa.schema(
         ("reason", pa.string()),
         ("message", pa.string()),
         ("key", pa.string()),  # what was refused: a prediction (score), a volume of a dataset (patches)
-        ("attempt", pa.int64()),  # the how-manieth of the prediction failed
+        ("attempt", pa.int64()),  # the how-manieth of the prediction failed; 0: it was made, but without a SEG
         ("refused_at", _TIME),
         ("identity", pa.string()),  # as in the catalog; null in other stages
         *_LINEAGE,

@@ -191,3 +191,20 @@ def test_a_model_that_was_changed_is_refused_before_anything_is_scored(project):
     assert {r["config_digest"] for r in tables.predictions(settings.lake).rows()}.isdisjoint(
         {common.lineage(again, again.score)["config_digest"]}
     )
+
+
+def test_an_ensemble_without_the_mirrors_of_its_members_is_another_prediction(tmp_path):
+    registry = tracking.Registry(f"sqlite:///{tmp_path}/ml.db", "mean", "mean")
+    members = {}
+    for seed in range(2):
+        registered(registry, tmp_path, seed, score=config.Score(mirrors=(0,)))
+        members[str(seed)] = str(tmp_path / f"mean-{seed}")
+    spec, _ = models.ensemble("mean", members, config.Score())
+    models.gather(spec, members, str(tmp_path / "all"))
+    plain = config.parse(ct_config(tmp_path / "archive", tmp_path / "lake"))
+
+    def settings(mirrors):
+        score = plain.score.model_copy(update={"mirrors": mirrors})
+        return common.settings_digest(plain.model_copy(update={"score": score}), str(tmp_path / "all"))
+
+    assert len({settings(m) for m in (None, (), (1,))}) == 3

@@ -101,3 +101,17 @@ def test_a_holder_beats_and_goes_on_without_when_it_was_taken_for_dead(place):
         storage.write_bytes(place, theirs)
         time.sleep(0.2)
     assert storage.read_bytes(place) == theirs
+
+
+@pytest.mark.parametrize("left", [b"", b"null", b"[1]"], ids=repr)
+def test_a_holder_that_died_before_it_could_say_who_it_is_blocks_nobody(place, monkeypatch, left):
+    monkeypatch.setattr(lease, "PATIENCE", 0.2)
+    storage.write_bytes(place, left)
+    took = threading.Event()
+
+    def work():
+        with lease.held(place, "work"):
+            took.set()
+
+    threading.Thread(target=work, daemon=True).start()
+    assert took.wait(10)

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import io
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from archives import CLASSES, ct_pairs
+from py4j.protocol import Py4JJavaError
 
 from sparkmed import cli, config, lease, pipeline, scoring, storage, tables, tracking
 from sparkmed.learning import networks
@@ -100,6 +102,7 @@ def test_executors_write_rows_and_the_driver_commits_their_names(project):
         assert (r["model_name"], r["model_version"], r["dataset_digest"]) == ("nightly", "1", "digest of the training data 1")
         assert r["model_run"] == champion.registry.version_facts("1")["run_id"]
         assert r["code_version"] == common.code_version() and r["device"] == "cpu" and r["scored_at"]
+        assert r["mask"].split("/")[3] == f"1-{r['model_digest'][:8]}", "of another model under this version a mask stays"
         assert "img/" not in str(r) and settings.archive not in str(r), "sources are named in volumes/ alone"
     assert {r["batch"].rpartition("/")[2] for r in rows} == {"0", "1"} and len({r["batch"].partition("/")[0] for r in rows}) == 1
     assert len(table.paths()) > 2, "a file for each task"
@@ -200,6 +203,42 @@ def test_a_volume_that_kills_its_worker_does_not_end_the_night(spark, tmp_path):
     assert [f.path for f in storage.walk(marks)] == ["bad"]
 
 
+def test_more_volumes_that_kill_their_worker_than_spark_has_attempts_do_not_end_the_night(tmp_path):
+    class GivesUp:
+        """A Spark whose jobs are what a task of it leaves and says when all its attempts have died."""
+
+        def parallelize(self, tasks, _):
+            self.sparkContext.tasks = tasks
+            return self
+
+        def map(self, run):
+            self.run = run
+            return self
+
+        def collect(self):
+            return [self.run(task) for task in self.tasks]
+
+    def run(rows, marks):
+        bad = [r["uid"] for r in rows if r["uid"].startswith("bad")]
+        for uid in bad[:3]:
+            storage.write_bytes(storage.join(marks, uid), b"")
+        if bad:
+            raise Py4JJavaError.__new__(Py4JJavaError)
+        return [r["uid"] for r in rows]
+
+    def gone(rows, marks):
+        raise Py4JJavaError.__new__(Py4JJavaError)
+
+    spark = GivesUp()
+    spark.sparkContext = spark
+    rows = {uid: {"uid": uid} for uid in ("a", "bad 1", "bad 2", "bad 3", "bad 4", "b")}
+    costs = dict.fromkeys(rows, 1.0) | {"a": 100.0}  # one task
+    outcomes, lost = spark_score._outcomes(spark, rows, costs, 1, run, str(tmp_path / "marks"))
+    assert (outcomes, lost) == ([["a", "b"]], ["bad 1", "bad 2", "bad 3", "bad 4"])
+    with pytest.raises(Py4JJavaError):  # no volume is to blame
+        spark_score._outcomes(spark, {"bad": {"uid": "bad"}}, {"bad": 1.0}, 1, gone, str(tmp_path / "others"))
+
+
 def test_a_new_champion_scores_what_the_config_says_and_old_scores_stay(project):
     settings = settings_of(project)
     images = project / "archive" / "img"
@@ -248,6 +287,7 @@ def test_current_predictions_as_csv_and_parquet(project, capsys):
     assert len(printed) == 6 and {"key", "volume", "ml_liver", "probability_kidneys", "scored_at"} <= printed[0].keys()
     by_key = {r["key"]: r for r in rows_of(settings)}
     assert all(float(r["ml_liver"]) == pytest.approx(by_key[r["key"]]["ml"][1]) for r in printed)
+    assert all(json.loads(r["quantiles"]) == by_key[r["key"]]["quantiles"] for r in printed)
     assert cli.main(["predictions", str(project / "project.yaml"), "--out", str(project / "out.parquet")]) == 0
     assert pq.read_table(project / "out.parquet").num_rows == 6
 
@@ -266,7 +306,7 @@ def test_a_number_is_traced_to_its_files_and_the_training_data(project, capsys):
     assert chain["model"] | {"version": "1", "digest": row["model_digest"], "champion": True} == chain["model"]
     assert chain["training"]["dataset_digest"] == "digest of the training data 1" and chain["training"]["training"] == "training 1"
     assert ledger.trace(settings, row["mask"])["prediction"]["key"] == row["key"]
-    for name in ("zzzz", ""):
+    for name in ("zzzz", "", "no text \udcff"):
         with pytest.raises(InputError, match="no predictions of lake .* have the key, mask or SEG"):
             ledger.trace(settings, name)
 

@@ -127,6 +127,45 @@ def test_a_night_that_is_told_to_end_takes_its_job_along(submit, tmp_path):
     _until(lambda: not _alive(int((tmp_path / "pid").read_text())))
 
 
+def test_a_night_that_is_told_to_end_waits_for_its_job(submit, tmp_path):
+    slow = tmp_path / "slow"
+    slow.write_text(f"""#!/usr/bin/env bash
+trap 'sleep 1; echo >"{tmp_path}/tidied"; exit 0' TERM
+echo $$ >"{tmp_path}/pid"
+sleep 60 &
+wait
+""")
+    slow.chmod(0o755)
+    with subprocess.Popen([NIGHTLY, "liver.yaml"], env=submit() | {"SPARKMED_SUBMIT": str(slow)}) as process:
+        _until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert (tmp_path / "tidied").exists()
+
+
+def test_a_checkout_with_a_space_and_options_on_several_lines(submit, asked, tmp_path):
+    home = tmp_path / "my sparkmed"
+    (home / "conf" / "schedules").mkdir(parents=True)
+    shutil.copy(NIGHTLY, home / "conf" / "schedules")
+    shutil.copytree(ROOT / "jobs", home / "jobs")
+    (home / ".venv" / "bin").mkdir(parents=True)
+    environment = submit()
+    (tmp_path / "spark-submit").rename(home / ".venv" / "bin" / "spark-submit")
+    script = home / "conf" / "schedules" / "nightly.sh"
+    plain = {k: v for k, v in environment.items() if k != "SPARKMED_SUBMIT"}
+    assert subprocess.run([script, "a.yaml"], env=plain, capture_output=True, timeout=60).returncode == 0
+    assert [stage for stage, _ in asked()] == STAGES
+    (tmp_path / "asked").unlink()
+    (home / ".venv" / "bin" / "spark-submit").rename(tmp_path / "spark-submit")
+    lines = plain | {
+        "SPARKMED_SUBMIT": f"{tmp_path}/spark-submit --name night\n  --master yarn",
+        "SPARKMED_STAGES": "score\nreport",
+    }
+    assert night(lines, "a.yaml").returncode == 0
+    assert [stage for stage, _ in asked()] == ["score", "report"]
+    assert all("--name night --master yarn --deploy-mode" in line for line in (tmp_path / "asked").read_text().splitlines())
+
+
 def test_log_of_the_night_and_one_sentence(submit, tmp_path):
     logs = tmp_path / "logs"
     logs.mkdir()
@@ -151,6 +190,9 @@ def test_wrong_use_starts_nothing(submit, asked):
     assert night(submit()).returncode == 2
     ended = night(submit() | {"SPARKMED_STAGES": "catalog scoer"}, "liver.yaml")
     assert ended.returncode == 2 and "no job scoer" in ended.stderr
+    for odd in ({"SPARKMED_WAIT": "1m"}, {"SPARKMED_WAIT": "08"}, {"SPARKMED_ATTEMPTS": "two"}):
+        ended = night(submit(catalog="1") | odd, "liver.yaml", timeout=20)
+        assert ended.returncode == 2 and "wanted a whole number" in ended.stderr
     assert asked() == []
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from sparkmed import cli, config, pipeline, storage, tables, tracking
+from sparkmed import cli, config, gates, pipeline, storage, tables, tracking
 from sparkmed.config import Component, digest
 from sparkmed.learning import metrics, networks
 from sparkmed.learning.model import Model, ModelSpec
@@ -291,3 +291,37 @@ def test_the_command_line_hands_the_alarm_on(lake, capsys):
     assert cli.main(["watch", str(path)]) == 3
     assert "alarms drift" in capsys.readouterr().out
     assert cli.main(["watch", str(path), "watch.alpha=1e-30"]) == 0
+    assert cli.main(["watch", str(path), "classes=[background, liver, spleen]"]) == 2
+    assert "predicts ['background', 'liver']" in capsys.readouterr().err
+
+
+def test_what_came_last_is_looked_at_while_a_backfill_goes_on(lake):
+    new = lake.add(40, shift=3)
+    old = lake.add(60, age=300)
+    lake.score([r | {"scored_at": NOW - DAY} for r in new] + old)
+    seen = tables.seen(lake.settings.lake)
+    days = [(r, 1) for r in new] + [(r, 300) for r in old]
+    seen.commit([seen.write([{"uid": r["volume"], "first_seen": NOW - age * DAY} for r, age in days])])
+    small = lake.settings.model_copy(update={"watch": lake.settings.watch.model_copy(update={"window": 40})})
+    assert pipeline.watch(small)["alarms"] == "drift"
+
+
+def test_no_rollback_to_a_version_that_is_gone(lake):
+    lake.judge(lake.judged, "2", lambda n: 0.95)
+    assert pipeline.promote(lake.settings)["champion"] == "2"
+    registry = tracking.of(lake.settings)
+    before, there = decisions(lake), tracking.Registry.versions
+    with pytest.MonkeyPatch.context() as patched:  # the store is that of other tests
+        patched.setattr(tracking.Registry, "versions", lambda self: there(self) - {"1"})
+        with pytest.raises(InputError, match="version 1, the champion before 2, is not in the registry any more"):
+            pipeline.rollback(lake.settings)
+    assert decisions(lake) == before and registry.champion() == "2"
+
+
+def test_a_challenger_is_compared_on_the_volumes_that_both_could_read(lake):
+    subject = {r["volume"]: "twice" for r in lake.judged[:2]}  # two volumes of one
+    rows = [r | {"subject": subject.get(r["volume"], r["subject"])} for r in lake.judged]
+    ours = [r | {"score": [1.0, 0.8], "device": "cpu"} for r in rows if r is not rows[1]]
+    theirs = [r | {"score": [1.0, 0.2 if n == 1 else 0.8], "device": "cpu"} for n, r in enumerate(rows)]
+    (_, comparison, *_), numbers = gates.judge(lake.settings.promote, ours, theirs, "1", {}, {}, 0)
+    assert (comparison.passed, numbers["difference"]) == (False, 0.0)

@@ -20,9 +20,11 @@
 set -uo pipefail
 
 home=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
-read -ra stages <<<"${SPARKMED_STAGES:-catalog volumes score report}"
-read -ra submit <<<"${SPARKMED_SUBMIT:-$home/.venv/bin/spark-submit --properties-file $home/conf/spark/local.conf}"
-attempts=${SPARKMED_ATTEMPTS:-3} limit=${SPARKMED_LIMIT:-4h}
+# words, on one line or several
+read -rd '' -a stages <<<"${SPARKMED_STAGES:-catalog volumes score report}"
+submit=("$home/.venv/bin/spark-submit" --properties-file "$home/conf/spark/local.conf")
+[ -z "${SPARKMED_SUBMIT:-}" ] || read -rd '' -a submit <<<"$SPARKMED_SUBMIT"
+attempts=${SPARKMED_ATTEMPTS:-3} first_pause=${SPARKMED_WAIT:-60} limit=${SPARKMED_LIMIT:-4h}
 # in client mode, because in cluster mode the exit status of a job is lost; the driver's Python is this machine's; Spark's own news
 # would hide ours
 driver=(--deploy-mode client --conf "spark.pyspark.driver.python=$home/.venv/bin/python" --conf spark.log.level=WARN)
@@ -31,6 +33,10 @@ export PYSPARK_PYTHON=${PYSPARK_PYTHON:-$home/.venv/bin/python}
 [ $# -gt 0 ] || { sed -n '3s/^# */usage: /p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 for stage in "${stages[@]}"; do
   [ -f "$home/jobs/$stage.py" ] || { echo "nightly.sh: no job $stage in $home/jobs" >&2; exit 2; }
+done
+# sums are made with them: bash would drop the loop of a sum that is none, and the night would end as if it were done
+for number in "SPARKMED_ATTEMPTS=$attempts" "SPARKMED_WAIT=$first_pause"; do
+  [[ ${number#*=} =~ ^(0|[1-9][0-9]{0,5})$ ]] || { echo "nightly.sh: $number, wanted a whole number" >&2; exit 2; }
 done
 project=$(basename -- "$1")
 project=${project%.*}
@@ -43,7 +49,8 @@ if [ -n "${SPARKMED_LOGS:-}" ]; then
 fi
 
 child=
-trap '[ -z "$child" ] || kill "$child" 2>/dev/null; exit 143' TERM INT HUP
+# told to end, it ends when the job has: what kills this script's children with it must not come before that
+trap '[ -z "$child" ] || { kill "$child" 2>/dev/null; wait "$child"; }; exit 143' TERM INT HUP
 waited() { # COMMAND...: its exit status; a signal to this script ends it too
   "$@" &
   child=$!
@@ -56,7 +63,7 @@ waited() { # COMMAND...: its exit status; a signal to this script ends it too
 to_look_at() { [[ $1 == [345] ]]; }
 
 tried() { # STAGE ARGUMENTS...: the exit status of its last attempt
-  local stage=$1 pause=${SPARKMED_WAIT:-60} attempt code
+  local stage=$1 pause=$first_pause attempt code
   shift
   for ((attempt = 1; ; attempt++)); do
     echo "$(date +%FT%T%z) $project $stage, attempt $attempt of $attempts"

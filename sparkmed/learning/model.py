@@ -9,11 +9,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
+from pydantic import Field
 from torch import nn
 
 from sparkmed import storage
@@ -67,7 +68,7 @@ class Member(Section):
 
     name: str
     """Where it came from, such as ``models:/liver/3``."""
-    digest: str
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class EnsembleSpec(Section):
@@ -289,7 +290,10 @@ class Model:
         """
         if self.spec.task == "segmentation":
             return self.segment(volume).labels
-        return ClassProbabilities(zip(self.spec.classes, (float(p) for p in self._of_image(volume)), strict=True))
+        found = self._of_image(volume)
+        if not np.isfinite(found).all():
+            raise Refused("NOT_FINITE", "the probabilities of the image are not numbers")
+        return ClassProbabilities(zip(self.spec.classes, (float(p) for p in found), strict=True))
 
     def embed(self, volume: Volume) -> tuple[ClassProbabilities, np.ndarray]:
         """:meth:`predict` of a classifier, and the (F,) float32 features from which its last layer made the scores: their mean over
@@ -503,6 +507,9 @@ def _read_spec(folder: str, digest: str) -> tuple[ModelSpec | EnsembleSpec, byte
         raise InputError(f"model {folder}: no {SPEC}") from None
     except ValueError as e:
         raise InputError(f"model {folder}: {SPEC} is not a model spec: {' '.join(str(e).split())[:300]}") from None
+    cascade = None if isinstance(spec, EnsembleSpec) else spec.preprocess.cascade
+    if cascade is not None and not cascade.digest:
+        raise InputError(f"model {folder}: {SPEC} names no digest of its first model")
     found = hashlib.sha256(data).hexdigest()
     if digest and found != digest:
         raise InputError(

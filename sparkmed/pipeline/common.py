@@ -59,8 +59,12 @@ def model_digest(model_url: str) -> str:
 
 def settings_digest(config: Config, model_url: str) -> str:
     """Of how a model's predictions are made beyond what its own digest covers; of how often they are committed nothing."""
-    own = models.read_spec(model_url).score
-    return digest(config.score.overlap, config.score.blending, *config.score.changes(own), *config.score.outputs)[:16]
+    spec = models.read_spec(model_url)
+    changes = config.score.changes(spec.score)
+    own = isinstance(spec, models.EnsembleSpec) and any(s.score.mirrors for s in models.specs(model_url))
+    if own and config.score.mirrors == ():
+        changes = ["no mirrors", *changes]  # the spec of an ensemble says nothing of those of its members
+    return digest(config.score.overlap, config.score.blending, *changes, *config.score.outputs)[:16]
 
 
 def require_few(refused: int, total: int, most: float, setting: str, what: str):
@@ -142,7 +146,11 @@ def require_same_classes(config: Config, registry: tracking.Registry, *versions:
 
 def _require_model(config: Config, url: str, name: str, digest: str = ""):
     """Load it here once: what executors would refuse is said before they start."""
-    spec = models.Model.load(url, "cpu", config.imports, digest).spec
+    require_classes(config, models.Model.load(url, "cpu", config.imports, digest).spec, name)
+
+
+def require_classes(config: Config, spec: models.ModelSpec | models.EnsembleSpec, name: str):
+    """Raise :class:`InputError` unless the model predicts the config's classes, in its order."""
     if (spec.task, spec.classes) != (config.task, config.classes):
         raise InputError(
             f"{name} predicts {list(spec.classes)} ({spec.task}), the config says {list(config.classes)} ({config.task}): give the "

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import io
+import json
 from dataclasses import dataclass
 
 import pandas as pd
@@ -126,7 +127,8 @@ def current(config: Config) -> pa.Table:
 
 
 def as_csv(rows: pa.Table, config: Config) -> str:
-    """Predictions as CSV: what is per class is a column per class, such as ``ml_liver``. The columns depend on the config alone."""
+    """Predictions as CSV: what is per class is a column per class, such as ``ml_liver``; other lists are JSON. Columns depend on
+    the config alone."""
     frame = rows.to_pandas()
     of_image = {"score"} if config.task == "classification" else set()  # right or wrong
     for column in ("probability", "score") if of_image else ("probability", "ml", "score"):
@@ -134,6 +136,8 @@ def as_csv(rows: pa.Table, config: Config) -> str:
         for c, name in enumerate(config.classes[:1] if column in of_image else config.classes):
             values = [None if v is None else v[c] for v in lists]
             frame[column if column in of_image else f"{column}_{name}"] = pd.Series(values, frame.index, float)
+    for column in frame.columns.intersection([f.name for f in rows.schema if pa.types.is_list(f.type)]):  # as JSON
+        frame[column] = [None if v is None else json.dumps(v.tolist()) for v in frame[column]]
     return frame.to_csv(index=False)
 
 
@@ -160,7 +164,7 @@ def trace(config: Config, name: str) -> dict:
     ``name`` is a key of ``predictions/``, its beginning, or the mask or SEG in that row. Files are read again, to say whether they
     are still what was scored. The answer names them: it is for those who may see the archive.
     """
-    key = pc.field("key")
+    key, name = pc.field("key"), storage.spelt(name)
     named = pc.starts_with(key, name) if len(name) >= 4 else key == name
     either = pc.if_else(pc.field("mask").is_valid(), pc.field("mask") == name, False)
     either = either | pc.if_else(pc.field("seg").is_valid(), pc.field("seg") == name, False)

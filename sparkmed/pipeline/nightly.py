@@ -3,6 +3,7 @@
 import datetime
 import logging
 import uuid
+from collections.abc import Set
 
 from sparkmed import lease, scoring, storage, tables
 from sparkmed.config import Config
@@ -45,7 +46,8 @@ def _score(config: Config, folder: str | None) -> dict:
         held = set(predictions.read(["key"])["key"].to_pylist())  # a rival may have been faster
         batch = {k: plan.rows[k] for k in todo[start : start + config.score.commit_every] if k not in held}
         written, refusals = _predict(config, spark, champion, batch, f"{run}/{number}", folder)
-        _park(config, champion, refusals)  # first: what is predicted without a SEG would not be looked at again
+        predicted = {k for w in written for k in w.keys}
+        _park(config, champion, refusals, predicted)  # first: what is predicted without a SEG would not be looked at again
         done += common.commit_files(predictions, written, spark_score.STAGE)
         refused += len(batch) - sum(len(w.keys) for w in written)
     if todo:
@@ -63,7 +65,8 @@ def _predict(
     registry, version, settings = champion.registry, champion.version, champion.settings
     segs = folder and scoring.SegFolder(folder, registry.model, version, champion.model_digest, settings)
     with_masks = config.task == "segmentation" and config.score.masks != "seg"
-    paths = {r["uid"]: scoring.mask_path(registry.model, version, settings, r["subject"], r["uid"]) for r in batch.values()}
+    model = f"{version}-{champion.model_digest[:8]}"  # a registry that was made anew counts its versions from 1 again
+    paths = {r["uid"]: scoring.mask_path(registry.model, model, settings, r["subject"], r["uid"]) for r in batch.values()}
     masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
     table, keys = tables.predictions(config.lake), {r["uid"]: k for k, r in batch.items()}
     lineage = {
@@ -91,8 +94,9 @@ def _predict(
             storage.remove(marks, recursive=True)
 
 
-def _park(config: Config, champion: ledger.Pinned, refusals: list[spark_score.Refusal]):
-    """Write refusals down under the key that they stand for; of one that may pass which attempt it was, of the others once."""
+def _park(config: Config, champion: ledger.Pinned, refusals: list[spark_score.Refusal], predicted: Set[str]):
+    """Write refusals down under the key that they stand for; of one that may pass which attempt it was, of the others once. What
+    was ``predicted`` all the same has attempt 0: should its commit fail, it is to be scored again."""
     if not refusals:
         return
     before = ledger.failures(config)
@@ -104,7 +108,7 @@ def _park(config: Config, champion: ledger.Pinned, refusals: list[spark_score.Re
     for r in refusals:
         key, passing = champion.key(r.volume), r.reason in scoring.PASSING
         if passing or (key, r.uri, r.reason) not in known:
-            attempt = attempts.get(key, 0) + 1 if passing else None
+            attempt = 0 if key in predicted else attempts.get(key, 0) + 1 if passing else None
             rows.append(spark_catalog.quarantine_row(r, common.lineage(config, config.score), key=key, attempt=attempt))
     if rows:
         table = tables.quarantine(config.lake)
@@ -115,8 +119,8 @@ def seg_folder(config: Config) -> str | None:
     """Where DICOM SEG go, None when none are written; :class:`InputError` when that is where pseudonyms only may be."""
     if config.score.masks == "nifti":
         return None
-    folder, lake = storage.absolute(config.score.seg_folder), storage.absolute(config.lake)
-    if f"{folder}/".startswith(f"{lake.rstrip('/')}/"):
+    folder, lake = storage.absolute(config.score.seg_folder), storage.real(config.lake)
+    if f"{storage.real(folder)}/".startswith(f"{lake.rstrip('/')}/"):
         raise InputError(
             f"score.seg_folder {folder} is in the lake {lake}: DICOM SEG hold the names of patients, put them elsewhere"
         )

@@ -64,6 +64,10 @@ def rollback(config: Config) -> dict:
     if not made or made[0]["champion"] is None:
         raise InputError(f"model {registry.model}: no champion before version {champion}, nothing to roll back to")
     before = made[0]["champion"]
+    if before not in registry.versions():
+        raise InputError(
+            f"model {registry.model}: version {before}, the champion before {champion}, is not in the registry any more"
+        )
     return _decide(config, registry, "rolled back", before, champion, f"rolled back from version {champion}", {})
 
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from sparkmed import arrivals, cohort, drift, tables, tracking
 from sparkmed.config import Config, digest
+from sparkmed.learning import model as models
 from sparkmed.pipeline import common
 from sparkmed.pipeline.promotion import QUARANTINED, fingerprint, sources
 from sparkmed.rejection import InputError
@@ -22,7 +23,7 @@ STATUS = {"drift": 3, "backlog": 4, "quarantine": 5}
 
 
 def watch(config: Config) -> dict:
-    """Compare what the champion scored last with its fingerprint, count what is in quarantine and what waits; one row per figure.
+    """Compare what came last with the fingerprint of the champion, count what is in quarantine and what waits; one row per figure.
 
     A look that finds what the last one found writes nothing. Raises :class:`InputError` without a champion.
     """
@@ -31,7 +32,9 @@ def watch(config: Config) -> dict:
     version = registry.champion()
     if version is None:
         raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
-    model_digest = common.model_digest(registry.fetch(version, config.lake))
+    url = registry.fetch(version, config.lake)
+    common.require_classes(config, models.read_spec(url), f"version {version} of model {registry.model}")
+    model_digest = common.model_digest(url)
     now = datetime.datetime.now(datetime.UTC)
     volumes = common.volume_rows(config)
     kept = fingerprint(config, registry, version)
@@ -115,13 +118,18 @@ def _sample(row: dict) -> drift.Sample:
 
 
 def _newest(config: Config, volumes: list[dict], model_digest: str) -> dict[str, dict]:
-    """By uid the champion's predictions of the volumes that it scored last, of those that it was neither trained nor judged on."""
+    """By uid the champion's predictions of the volumes that came last, of those that it was neither trained nor judged on.
+
+    Not of those that it scored last: a backfill ends every night with the oldest ones, for weeks.
+    """
     judged = tables.evaluations(config.lake).read(["volume"], pc.field("model_digest") == model_digest)["volume"].to_pylist()
     known = {r["uid"] for r in volumes if r["split"] not in ("train", "val")} - set(judged)
     ledger = tables.predictions(config.lake)
     light = ledger.read(["volume", "scored_at"], pc.field("model_digest") == model_digest).to_pylist()
     last = {r["volume"]: r["scored_at"] for r in sorted(light, key=lambda r: r["scored_at"]) if r["volume"] in known}
-    chosen = sorted(last, key=lambda u: (last[u], u))[-config.watch.window :]
+    seen = tables.seen(config.lake).read(["uid", "first_seen"]).to_pydict()
+    came = last | {u: moment for u, moment in zip(seen["uid"], seen["first_seen"], strict=True) if u in last}
+    chosen = sorted(last, key=lambda u: (came[u], last[u], u))[-config.watch.window :]
     columns = ["volume", "subject", "ml", "probability", "quantiles", "scored_at"]
     theirs = (pc.field("model_digest") == model_digest) & pc.field("volume").isin(pa.array(chosen, pa.string()))
     rows = ledger.read(columns, theirs).to_pylist()
@@ -166,7 +174,7 @@ def _service(config: Config, model: str, model_digest: str, volumes: list[dict],
     left = sum(r["uid"] not in by_champion for r in free)
     found.append(_row("service", arrivals.ALL, "volumes left to the champion", float(left)))
     today = [r for r in done if r["scored_at"] > now - DAY]
-    failed = {r["uri"] for r in kept_out if r["refused_at"] > now - DAY}
+    failed = {r["uri"] for r in kept_out if r["refused_at"] > now - DAY and r["attempt"] != 0}
     if today:
         hours = (max(r["scored_at"] for r in today) - min(r["scored_at"] for r in today)) / datetime.timedelta(hours=1)
         first = min(today, key=lambda r: r["scored_at"])

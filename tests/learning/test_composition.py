@@ -283,3 +283,22 @@ def test_a_network_of_another_kind_below_a_cascade_is_refused_too(tmp_path):
     with pytest.raises(InputError, match="network os.system is refused"):
         Model.load(str(folder / "first"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("digest", ["", "../../elsewhere", "A" * 64])
+def test_a_member_or_a_first_model_is_named_by_its_digest_alone(three, tmp_path, digest):
+    url = tmp_path / "mean"
+    gathered(three[1], url)
+    spec = json.loads((url / "spec.json").read_text())
+    spec["members"][0]["digest"] = digest
+    saved(other(9), url / "members")  # what no digest at all would find
+    (url / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match="spec.json is not a model spec"):
+        Model.load(str(url))
+    _, second, folder = cascade(tmp_path)
+    unpinned = second.spec.preprocess.cascade.model_copy(update={"digest": ""})
+    preprocess = second.spec.preprocess.model_copy(update={"cascade": unpinned})
+    second.spec = second.spec.model_copy(update={"preprocess": preprocess})
+    second.save(str(folder))
+    with pytest.raises(InputError, match="names no digest of its first model"):
+        Model.load(str(folder))

@@ -306,3 +306,12 @@ def test_segmentations_beside_an_image_are_not_scored(tmp_path):
 def test_class_probabilities_are_a_plain_mapping():
     p = ClassProbabilities(a=0.25, b=0.75)
     assert p.label == "b" and dict(p) == {"a": 0.25, "b": 0.75} and np.asarray(p, np.float64).dtype == np.float64
+
+
+def test_probabilities_that_are_no_numbers_are_refused():
+    model = classifier()
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(float("nan"))
+    with pytest.raises(Refused, match="are not numbers") as refused:
+        model.predict(volume((1, 16, 16, 1)))
+    assert refused.value.reason == "NOT_FINITE"

@@ -181,3 +181,11 @@ def test_a_damaged_copy_is_fetched_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "model" / "spec.json").read_text())["weights_sha256"] == loaded.spec.weights_sha256
     assert remote.opened().count("weights.safetensors") == 2
     assert Model.load(url) and remote.opened().count("weights.safetensors") == 2
+
+
+def test_whatever_a_network_raises_costs_one_volume():
+    for odd in (lambda: {}["x"], lambda: [][0], lambda: None.shape, lambda: 1 / 0):
+        found, (rejection,) = score._tried({"sources": ["file:///a"]}, odd)
+        assert found is None and (rejection.uri, rejection.reason) == ("file:///a", scoring.FAILED)
+    with pytest.raises(KeyboardInterrupt):
+        score._tried({"sources": ["file:///a"]}, lambda: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -1,5 +1,7 @@
 """The score stage on DICOM series: SEG for the hospital, pseudonyms for the lake."""
 
+import sys
+
 import pydicom
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sparkmed.formats import dicom_seg
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.learning import networks
 from sparkmed.learning.model import Model, ModelSpec
+from sparkmed.pipeline import common, ledger
 from sparkmed.rejection import InputError
 
 pytestmark = pytest.mark.engine
@@ -82,7 +85,17 @@ def test_predictions_go_back_as_seg_and_the_lake_names_nobody(spark, tmp_path, c
     assert "2 predictions have no DICOM SEG" in caplog.text and f"{tmp_path}/archive" not in caplog.text, "paths may name patients"
     assert dicoms.SECRET not in caplog.text and dicoms.SECRET.encode() not in (tmp_path / "ml.db").read_bytes()
 
-    inside = project(tmp_path, masks="seg", seg_folder=str(tmp_path / "lake" / "segs"))
-    with pytest.raises(InputError, match="is in the lake"):
-        pipeline.score(inside)
+    finer = project(tmp_path, masks="both", seg_folder=str(tmp_path / "segs"), seg_type="FRACTIONAL", overlap=0.25)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(common, "commit_files", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            pipeline.score(finer)
+    assert pipeline.score(finer)["scored"] == 2, "what lost its SEG is scored again when its commit was lost too"
+    assert [r["attempt"] for r in ledger.failures(finer)] == [0] * 36
+
+    (tmp_path / "other").symlink_to(tmp_path / "lake")
+    for place in ("lake", "other"):
+        inside = project(tmp_path, masks="seg", seg_folder=str(tmp_path / place / "segs"))
+        with pytest.raises(InputError, match="is in the lake"):
+            pipeline.score(inside)
     assert any("is in the lake" in p for p in pipeline.check(inside))
