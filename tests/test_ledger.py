@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from archives import CLASSES, ct_pairs
-from py4j.protocol import Py4JJavaError
 
 from sparkmed import cli, config, lease, pipeline, scoring, storage, tables, tracking
 from sparkmed.learning import networks
@@ -201,42 +200,6 @@ def test_a_volume_that_kills_its_worker_does_not_end_the_night(spark, tmp_path):
     outcomes = spark.sparkContext.parallelize(tasks, 2).map(run).collect()
     assert outcomes == [[("a", False), ("bad", True), ("c", False)], [("d", False)]]
     assert [f.path for f in storage.walk(marks)] == ["bad"]
-
-
-def test_more_volumes_that_kill_their_worker_than_spark_has_attempts_do_not_end_the_night(tmp_path):
-    class GivesUp:
-        """A Spark whose jobs are what a task of it leaves and says when all its attempts have died."""
-
-        def parallelize(self, tasks, _):
-            self.sparkContext.tasks = tasks
-            return self
-
-        def map(self, run):
-            self.run = run
-            return self
-
-        def collect(self):
-            return [self.run(task) for task in self.tasks]
-
-    def run(rows, marks):
-        bad = [r["uid"] for r in rows if r["uid"].startswith("bad")]
-        for uid in bad[:3]:
-            storage.write_bytes(storage.join(marks, uid), b"")
-        if bad:
-            raise Py4JJavaError.__new__(Py4JJavaError)
-        return [r["uid"] for r in rows]
-
-    def gone(rows, marks):
-        raise Py4JJavaError.__new__(Py4JJavaError)
-
-    spark = GivesUp()
-    spark.sparkContext = spark
-    rows = {uid: {"uid": uid} for uid in ("a", "bad 1", "bad 2", "bad 3", "bad 4", "b")}
-    costs = dict.fromkeys(rows, 1.0) | {"a": 100.0}  # one task
-    outcomes, lost = spark_score._outcomes(spark, rows, costs, 1, run, str(tmp_path / "marks"))
-    assert (outcomes, lost) == ([["a", "b"]], ["bad 1", "bad 2", "bad 3", "bad 4"])
-    with pytest.raises(Py4JJavaError):  # no volume is to blame
-        spark_score._outcomes(spark, {"bad": {"uid": "bad"}}, {"bad": 1.0}, 1, gone, str(tmp_path / "others"))
 
 
 def test_a_new_champion_scores_what_the_config_says_and_old_scores_stay(project):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from py4j.protocol import Py4JJavaError
 from pyspark import TaskContext
 from pyspark.sql import SparkSession
 
@@ -75,7 +74,10 @@ def predict(
             parts, refused = _in_parts(spark, cut, specs[0], load, here, slots, marks)
             costs |= {uid: 0.1 * costs[uid] for uid in parts}  # what is left
 
-        def run(volumes, marks):
+        whole = [r for r in rows if r["uid"] not in refused]
+        tasks = _tasks(whole, [costs[r["uid"]] for r in whole], slots)
+
+        def run(volumes):
             model, predictions, refusals = load(), [], []
             with decoding():
                 for row, deadly in _surviving(volumes, marks):
@@ -92,9 +94,7 @@ def predict(
             without = [r for r in refusals if r.volume in {p["volume"] for p in predictions}]
             return [write(predictions)] if write and predictions else predictions, refusals, without
 
-        whole = {r["uid"]: r for r in rows if r["uid"] not in refused}
-        outcomes, lost = _outcomes(spark, whole, costs, slots, run, marks)
-        refused |= {uid: _lost(whole[uid]) for uid in lost}
+        outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).map(run).collect() if tasks else []
     finally:
         if here and storage.exists(here):
             storage.remove(here, recursive=True)
@@ -104,30 +104,6 @@ def predict(
         message = "%d predictions have no DICOM SEG; the first because: %s (%s). Which they are is in the quarantine table"
         log.warning(message, len({r.volume for r in without}), without[0].message, without[0].reason)
     return found, refusals
-
-
-def _outcomes(
-    spark: SparkSession, rows: dict[str, dict], costs: dict[str, float], slots: int, run: Callable, marks: str | None
-) -> tuple[list, list[str]]:
-    """What ``run(rows of a task, marks)`` gives of all tasks, and the uids of the rows that were left out of them.
-
-    More than two volumes of one task that kill their worker are more attempts than Spark makes: it gives the job up. Then the rows
-    that were at work when a worker died are left out, and the others begin again, with marks of their own: tasks of the job that
-    was given up may still write theirs.
-    """
-    lost: list[str] = []
-    while left := [r for uid, r in rows.items() if uid not in lost]:
-        here = marks and storage.join(marks, str(len(lost)))
-        tasks = _tasks(left, [costs[r["uid"]] for r in left], slots)
-        try:
-            return spark.sparkContext.parallelize(tasks, len(tasks)).map(lambda task, here=here: run(task, here)).collect(), lost
-        except Py4JJavaError:
-            found = [r["uid"] for r in left if here and storage.exists(storage.join(here, r["uid"]))]
-            if not found:  # no volume is to blame
-                raise
-            log.warning("workers died at %d volumes, which are left out; the others are begun again", len(found))
-            lost += found
-    return [], lost
 
 
 def _of(row: dict, reasons: list[Rejection]) -> list[Refusal]:
