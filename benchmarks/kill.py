@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 
-from sparkmed import config, lease, pipeline, scoring, storage, tables, tracking
+from sparkmed import config, lease, pipeline, storage, tables, tracking
 from sparkmed.formats import nifti
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import networks
@@ -102,10 +102,8 @@ def leftovers(settings: config.Config) -> dict[str, int]:
 
 def compared(settings: config.Config, undisturbed: dict[str, list], whole: bool) -> dict[str, int]:
     found = contents(settings)
-    # a worker that is killed again and again seems to die of its volume: that is written down, and the next run tries it
-    waiting = {r["key"] for r in ledger.failures(settings) if r["reason"] == scoring.WORKER_LOST}
     return {
-        "missing": len(undisturbed.keys() - found.keys() - waiting) if whole else 0,
+        "missing": len(undisturbed.keys() - found.keys()) if whole else 0,
         "doubled": sum(len(v) > 1 for v in found.values()),
         "wrong": sum(v[0] != undisturbed.get(k, [None])[0] for k, v in found.items()),
         "masks missing": sum(x[-1] == "missing" for v in found.values() for x in v),

@@ -13,6 +13,7 @@ from pyspark.sql import SparkSession
 
 from sparkmed import scoring, storage
 from sparkmed.config import Score
+from sparkmed.formats import isolation
 from sparkmed.learning import model as models
 from sparkmed.learning.model import Model, ModelSpec
 from sparkmed.rejection import Refused, Rejection
@@ -73,7 +74,6 @@ def predict(
         if here:
             parts, refused = _in_parts(spark, cut, specs[0], load, here, slots, marks)
             costs |= {uid: 0.1 * costs[uid] for uid in parts}  # what is left
-
         whole = [r for r in rows if r["uid"] not in refused]
         tasks = _tasks(whole, [costs[r["uid"]] for r in whole], slots)
 
@@ -138,6 +138,8 @@ def _tried(row: dict, do: Callable, *arguments) -> tuple[Any, list[Rejection]]:
         return do(*arguments), []
     except Refused as e:
         return None, [e.at(uri, STAGE) for uri in row["sources"]]
+    except isolation.Unavailable:  # says nothing of the volume: the task is tried again
+        raise
     except Exception as e:  # of any decoder and any network
         message = f"{type(e).__name__} while it was scored; it is tried again next time"
         return None, [Rejection(uri, STAGE, scoring.FAILED, message) for uri in row["sources"]]

@@ -11,12 +11,12 @@ from sparkmed import formats, tables
 from sparkmed.config import Plates, digest
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import image_quality, nuclei
+from sparkmed.hcs.fields import FORMAT
 from sparkmed.rejection import Refused, Rejection
 from sparkmed.spark import catalog, profiles
 from sparkmed.spark.session import decoding, packed
 
 STAGE = "screen"
-FORMAT = "plate"
 TASK_BYTES = 1e9
 """Of pixels that a task reads."""
 NAMELESS = "plate"
@@ -90,7 +90,7 @@ def scored_fields(
     mine = catalog.read(spark, tables.predictions(lake)).where(F.col("model_digest") == model_digest)
     newest = Window.partitionBy("volume").orderBy(F.desc(F.col("config_digest") == settings), F.desc("scored_at"), F.desc("key"))
     mine = mine.withColumn("_n", F.row_number().over(newest)).where("_n = 1")
-    volumes = catalog.read(spark, tables.volumes(lake)).where(F.col("format") == "plate")
+    volumes = catalog.read(spark, tables.volumes(lake)).where(F.col("format") == FORMAT)
     place = [F.get_json_object("header", f"$.{name}").cast(kind).alias(name) for name, kind in FACTS.items()]
     said = [F.get_json_object("header", f"$.treatment.{name}").cast(kind).alias(name) for name, kind in TREATMENT.items()]
     volumes = volumes.select("uid", "split", *place, *said).fillna(NAMELESS, "plate")
