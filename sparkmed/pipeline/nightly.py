@@ -83,15 +83,10 @@ def _predict(
         rows = [r | lineage | {"key": keys[r["volume"]], "mask": paths[r["volume"]] if with_masks else None} for r in found]
         return tables.Keyed(table.write(rows), tuple(r["key"] for r in rows))
 
-    marks = storage.join(config.lake, "predictions", "_attempts", name)
-    try:
-        return spark_score.predict(
-            spark, list(batch.values()), champion.url, config.train.device, masks, config.score, segs, config.imports,
-            storage.join(config.lake, "scratch"), config.score.split_mb, write, marks,
-        )  # fmt: skip
-    finally:
-        if storage.exists(marks):
-            storage.remove(marks, recursive=True)
+    return spark_score.predict(
+        spark, list(batch.values()), champion.url, config.train.device, masks, config.score, segs, config.imports,
+        storage.join(config.lake, "scratch"), config.score.split_mb, write,
+    )  # fmt: skip
 
 
 def _park(config: Config, champion: ledger.Pinned, refusals: list[spark_score.Refusal], predicted: Set[str]):

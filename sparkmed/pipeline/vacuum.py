@@ -17,12 +17,12 @@ log = logging.getLogger("sparkmed")
 _LOG = "/_delta_log/"
 _FOLDERS = re.compile(
     r"(?P<dataset>datasets/[^/]+/[^/]+\.(?:writing-[0-9a-f]{8}|broken-\d+))/|(?P<check>check-[0-9a-f]{8})/"
-    r"|(?P<mark>predictions/_attempts/[^/]+)/|(?P<part>scratch/[0-9a-f]{32})/"
+    r"|(?P<part>scratch/[0-9a-f]{32})/"
 )
 _PARTIAL = re.compile(r"(.*/)?\.[^/]+\.[0-9a-f]{32}\.partial")
 _PROBE = re.compile(r"\.seen-[0-9a-f]{32}(\.\d+)?")
 _MODEL = re.compile(r"models/(?P<name>[^/]+)/(?P<version>\d+)/")
-_WHAT = {"dataset": "unfinished dataset", "check": "unfinished check", "mark": "mark of an attempt", "part": "part of a volume"}
+_WHAT = {"dataset": "unfinished dataset", "check": "unfinished check", "part": "part of a volume"}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import gc
+import itertools
 import logging
+import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +47,12 @@ def predict(
     scratch: str | None = None,
     split_mb: float | None = None,
     write: Callable[[list[dict]], Any] | None = None,
-    marks: str | None = None,
 ) -> tuple[list, list[Refusal]]:
     """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map.
 
     ``settings`` replace those that the model was trained with; ``segs`` is where DICOM SEG go. A volume whose SEG cannot be
     written has a prediction all the same, and a refusal that says why. ``imports`` are those of the config. With ``write`` a task
-    gives its rows to it, and what that returns comes back in their place. ``marks`` is a folder for :func:`_surviving`.
+    gives its rows to it, and what that returns comes back in their place.
 
     A segmentation of more than ``split_mb`` MB (:func:`scoring.megabytes`), or so large that it would take longer than a slot's
     share of all, is scored in parts, through files below ``scratch``, which all nodes see. Without ``scratch`` none is.
@@ -72,7 +73,7 @@ def predict(
     here = storage.join(scratch, uuid.uuid4().hex) if cut else None
     try:
         if here:
-            parts, refused = _in_parts(spark, cut, specs[0], load, here, slots, marks)
+            parts, refused = _in_parts(spark, cut, specs[0], load, here, slots)
             costs |= {uid: 0.1 * costs[uid] for uid in parts}  # what is left
         whole = [r for r in rows if r["uid"] not in refused]
         tasks = _tasks(whole, [costs[r["uid"]] for r in whole], slots)
@@ -80,11 +81,9 @@ def predict(
         def run(volumes):
             model, predictions, refusals = load(), [], []
             with decoding():
-                for row, deadly in _surviving(volumes, marks):
+                for row in volumes:
                     mask = masks[row["uid"]] if masks else None
-                    if deadly:
-                        prediction, reasons = None, _lost(row)
-                    elif row["uid"] in parts:
+                    if row["uid"] in parts:
                         prediction, reasons = _tried(row, scoring.joined, model, row, parts[row["uid"]], mask, segs)
                     else:
                         prediction, reasons = _tried(row, scoring.score, model, row, mask, segs)
@@ -94,11 +93,12 @@ def predict(
             without = [r for r in refusals if r.volume in {p["volume"] for p in predictions}]
             return [write(predictions)] if write and predictions else predictions, refusals, without
 
-        outcomes = spark.sparkContext.parallelize(tasks, len(tasks)).map(run).collect() if tasks else []
+        outcomes, lost = _all(spark, tasks, run)
     finally:
         if here and storage.exists(here):
             storage.remove(here, recursive=True)
     found, refusals, without = ([x for o in outcomes for x in o[n]] for n in range(3))
+    refused |= {row["uid"]: _lost(row) for row in lost}
     refusals += [r for row in rows if row["uid"] in refused for r in _of(row, refused[row["uid"]])]
     if without:
         message = "%d predictions have no DICOM SEG; the first because: %s (%s). Which they are is in the quarantine table"
@@ -115,21 +115,34 @@ def _lost(row: dict) -> list[Rejection]:
     return [Rejection(uri, STAGE, scoring.WORKER_LOST, message) for uri in row["sources"]]
 
 
-def _surviving(volumes: Iterable[dict], marks: str | None) -> Iterator[tuple[dict, bool]]:
-    """Each volume, and whether it was at work when an attempt at this task before this one died.
+def _all(spark: SparkSession, tasks: list[list], work: Callable[[list], Any]) -> tuple[list, list]:
+    """What ``work`` makes of each task's items, and the items that are given up because they kill their worker.
 
-    The first attempt leaves no mark: only when it has died do others write into ``marks`` which volume they are at. So a volume
-    that kills its worker, by its size as a rule, costs two attempts of the four that Spark makes.
+    A task that has lost two workers, to one item that is too large as a rule, hands its items back, and each is tried alone; one
+    that loses two more is given up. So it costs no other item, and the job goes on, which Spark ends at the fourth of a task. What
+    ``work`` raises is not about an item: it is tried again and then raised.
     """
-    tried = marks is not None and TaskContext.get().attemptNumber() > 0
-    for row in volumes:
-        mark = tried and storage.join(marks, row["uid"])
-        deadly = bool(mark) and storage.exists(mark)
-        if mark and not deadly:
-            storage.write_bytes(mark, b"")
-        yield row, deadly
-        if mark and not deadly:
-            storage.remove(mark)
+
+    def job(tasks, alone):
+        def attempt(items):
+            number = TaskContext.get().attemptNumber()
+            if number > 1:
+                return [], items, None
+            try:
+                return [work(items)], [], None
+            except Exception:
+                if not (alone and number):
+                    raise
+                return [], [], traceback.format_exc()
+
+        return spark.sparkContext.parallelize(tasks, len(tasks)).map(attempt).collect() if tasks else []
+
+    first = job(tasks, alone=False)
+    second = job([[item] for _, back, _ in first for item in back], alone=True)
+    for _, _, error in second:
+        if error:
+            raise RuntimeError(f"a task fails again and again:\n{error}")
+    return [made for found, _, _ in first + second for made in found], [item for _, back, _ in second for item in back]
 
 
 def _tried(row: dict, do: Callable, *arguments) -> tuple[Any, list[Rejection]]:
@@ -167,35 +180,34 @@ def _cut(rows: Sequence[dict], spec: ModelSpec, costs: dict[str, float], slots: 
 
 
 def _in_parts(
-    spark: SparkSession, rows: list[dict], spec: ModelSpec, load: Callable[[], Model], url: str, slots: int, marks: str | None
+    spark: SparkSession, rows: list[dict], spec: ModelSpec, load: Callable[[], Model], url: str, slots: int
 ) -> tuple[dict[str, scoring.Parts], dict[str, list[Rejection]]]:
     """By uid of these volumes their parts, blocks and all, ready to be joined; and why others have none.
 
     Two jobs: one task per volume that preprocesses it, then tasks of blocks of windows of all of them.
     """
 
-    def spread(row):
+    def spread(volume):
+        (n,) = volume
         with decoding():
-            for _, deadly in _surviving([row], marks):
-                if deadly:
-                    return None, _lost(row)
-                return _tried(row, scoring.spread, load(), row, storage.join(url, row["uid"]))
+            return n, *_tried(rows[n], scoring.spread, load(), rows[n], storage.join(url, rows[n]["uid"]))
 
     def score(blocks):
         model = load()
-        for n, block in blocks:
-            yield n, *_tried(rows[n], scoring.score_block, model, parts[n], block)
+        return [(n, *_tried(rows[n], scoring.score_block, model, parts[n], block)) for n, block in blocks]
 
-    found = spark.sparkContext.parallelize(rows, len(rows)).map(spread).collect()
-    parts = {n: p for n, (p, _) in enumerate(found) if p}
-    refused = {rows[n]["uid"]: reasons for n, (_, reasons) in enumerate(found) if reasons}
+    found, lost = _all(spark, [[n] for n in range(len(rows))], spread)
+    parts = {n: p for n, p, _ in found if p}
+    refused = {rows[n]["uid"]: reasons for n, _, reasons in found if reasons}
     blocks = [(n, b) for n, p in parts.items() for b in range(len(spec.windows(p.shape).blocks))]
     tasks = _tasks(blocks, [float(spec.windows(parts[n].shape).count(b)) for n, b in blocks], slots)
-    for n, seconds, reasons in spark.sparkContext.parallelize(tasks, len(tasks)).flatMap(score).collect() if tasks else []:
+    found, lost_blocks = _all(spark, tasks, score)
+    for n, seconds, reasons in itertools.chain(*found):
         if reasons:
             refused[rows[n]["uid"]] = reasons
         else:
             parts[n] = dataclasses.replace(parts[n], seconds=parts[n].seconds + seconds)
+    refused |= {rows[n]["uid"]: _lost(rows[n]) for n in {*lost, *(n for n, _ in lost_blocks)}}
     return {rows[n]["uid"]: p for n, p in parts.items() if rows[n]["uid"] not in refused}, refused
 
 
