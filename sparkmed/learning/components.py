@@ -1,35 +1,37 @@
-"""Classes of MONAI and torch, and of what the config allows to import, by name, as the config spells them."""
+"""Classes of MONAI and torch, and of what the config allows to import, by name, as the config spells them.
+
+MONAI takes several seconds to import, which only a process that builds something of it spends.
+"""
 
 import difflib
 import importlib
 import inspect
 import typing
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 from sparkmed.config import Component
 from sparkmed.rejection import InputError
 
 
-def find(component: Component, modules: Iterable[ModuleType], kind: str, imports: Iterable[str] = ()) -> type:
+def find(component: Component, modules: Iterable[str], kind: str, imports: Iterable[str] = ()) -> type:
     """The class or function called ``component.name`` in the first of ``modules`` that has it; ``kind`` is for the message.
 
     A dotted name is imported when it lies below one of ``modules`` or of ``imports``. Either way what is found must be defined
     there too: no name leads out through what a module has imported. Raises :class:`InputError` otherwise, before any import.
     """
-    name, modules, imports = component.name, list(modules), list(imports)
-    allowed = [m.__name__ for m in modules] + imports
+    name, places = component.name, list(modules)
+    allowed = places + list(imports)
     if "." in name:
         return _imported(name, allowed, kind)
+    modules = [importlib.import_module(p) for p in places]
     for module in modules:
         found = getattr(module, name, None)
         if callable(found) and not name.startswith("_") and _within(_home(found), allowed):
             return found
     names = [n for m in modules for n in dir(m) if callable(getattr(m, n)) and not n.startswith("_")]
     near = difflib.get_close_matches(name, names, 1, 0.0)
-    places = " or ".join(m.__name__ for m in modules)
-    raise InputError(f"{kind} {name} is not in {places}" + (f"; did you mean {near[0]}?" if near else ""))
+    raise InputError(f"{kind} {name} is not in {' or '.join(places)}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def _imported(name: str, allowed: list[str], kind: str) -> type:

@@ -13,7 +13,6 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
 from sparkmed.imaging import patches
@@ -116,6 +115,8 @@ def _starts(n: int, p: int, overlap: float) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=2)
 def _importance(size: Index, blending: str) -> torch.Tensor:
+    from monai.data.utils import compute_importance_map
+
     return compute_importance_map(size, blending, sigma_scale=0.125)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 
-import monai.losses
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from sparkmed.learning import components
 from sparkmed.rejection import InputError
 
 DEFAULTS = {"segmentation": Component(name="DiceCELoss"), "classification": Component(name="CrossEntropyLoss")}
+DICE_CE = "monai.losses.dice.DiceCELoss"
 
 Loss = Callable[[Tensor | list[Tensor], Tensor], Tensor]
 
@@ -30,7 +30,7 @@ def build(component: Component | None, task: str, imports: Iterable[str] = ()) -
         raise InputError(f"loss {component.name}: batch: true mixes samples, so the result would depend on the number of processes")
     if component.arguments.get("reduction", "mean") != "mean":
         raise InputError(f"loss {component.name}: reduction is mean; got {component.arguments['reduction']!r}")
-    factory = components.find(component, [monai.losses, nn], "loss", imports)
+    factory = components.find(component, ["monai.losses", "torch.nn"], "loss", imports)
     component = Component(name=component.name, **_tensors(component.arguments))
     function = components.create(factory, component, "loss", {"to_onehot_y": True, "softmax": True, "use_softmax": True})
     return _PerSample(function, from_torch=factory.__module__.startswith("torch."))
@@ -49,7 +49,7 @@ class _PerSample:
         self.function = function
         self.from_torch = from_torch
         self.of_images = isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss)
-        self.at_once = type(function) is monai.losses.DiceCELoss and function.cross_entropy.weight is None
+        self.at_once = f"{type(function).__module__}.{type(function).__name__}" == DICE_CE and function.cross_entropy.weight is None
         if self.at_once:
             function.dice.reduction = function.cross_entropy.reduction = "none"
 

@@ -6,13 +6,11 @@ that travel between processes, and merging the states of any division of the dat
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import monai.metrics
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.metrics import compute_roc_auc
 from torch import Tensor
 
 from sparkmed.config import Component
@@ -40,8 +38,10 @@ def build(component: Component | None, task: str, classes: int, imports: Iterabl
         if task == "segmentation":
             return VolumeDice(classes)
         component = Component(name="ROCAUCMetric")
-    factory = components.find(component, [monai.metrics], "metric", imports)
-    if not (isinstance(factory, type) and issubclass(factory, monai.metrics.Cumulative)):
+    factory = components.find(component, ["monai.metrics"], "metric", imports)
+    from monai.metrics import Cumulative
+
+    if not (isinstance(factory, type) and issubclass(factory, Cumulative)):
         raise InputError(f"metric {component.name} cannot be merged over processes; wanted a subclass of monai.metrics.Cumulative")
     metric = components.create(factory, component, "metric", {"include_background": task == "classification"})
     return MonaiMetric(component.name, metric, task, classes)
@@ -92,7 +92,7 @@ class VolumeDice:
 class MonaiMetric:
     """A cumulative metric of MONAI; its state is MONAI's own buffer of values per sample."""
 
-    def __init__(self, name: str, metric: monai.metrics.Cumulative, task: str, classes: int):
+    def __init__(self, name: str, metric: Any, task: str, classes: int):
         self.name = name
         self.task = task
         self.classes = classes
@@ -150,6 +150,8 @@ def roc_auc(probabilities: Sequence[Sequence[float]], targets: Sequence[int]) ->
 
     ``probabilities`` (samples, classes), ``targets`` class indices. None when no class can be judged.
     """
+    from monai.metrics import compute_roc_auc
+
     scores, truth = torch.tensor(probabilities, dtype=torch.float64), _one_hot(torch.tensor(targets), len(probabilities[0]))
     judged = [c for c in range(truth.shape[1]) if 0 < truth[:, c].sum() < len(truth)]
     return float(np.mean([compute_roc_auc(scores[:, c], truth[:, c]) for c in judged])) if judged else None

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import monai.networks.nets
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +46,7 @@ def build(component: Component, in_channels: int, out_channels: int, spatial_dim
     """
     if spatial_dims not in (2, 3):
         raise InputError(f"network {component.name}: spatial_dims {spatial_dims}, wanted 2 or 3")
-    factory = components.find(component, [monai.networks.nets], "network", imports)
+    factory = components.find(component, ["monai.networks.nets"], "network", imports)
     given = {
         "spatial_dims": spatial_dims, "in_channels": in_channels, "n_input_channels": in_channels, "out_channels": out_channels,
         "num_classes": out_channels, "pretrained": False, "classification": True,

@@ -157,7 +157,7 @@ class State:
 
 def optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     chosen = config.train.optimizer
-    factory = components.find(chosen, [torch.optim], "optimizer", config.imports)
+    factory = components.find(chosen, ["torch.optim"], "optimizer", config.imports)
     if not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
         raise InputError(f"optimizer {chosen.name} is not a torch.optim.Optimizer")
     parameters = [p for p in network.parameters() if p.requires_grad]

@@ -41,7 +41,7 @@ def own(tmp_path, monkeypatch):
 
 
 def find(name, imports=()):
-    return components.find(Component(name=name), [monai.networks.nets], "network", imports)
+    return components.find(Component(name=name), ["monai.networks.nets"], "network", imports)
 
 
 def test_full_names_are_names_too():
