@@ -9,7 +9,7 @@ demo: environment ## a phantom archive and the whole path on it (DIR=folder)
 	.venv/bin/sparkmed demo $(if $(DIR),"$(DIR)")
 
 test: environment ## all tests (ARGS="tests/imaging -k resample" for some; SPARKMED_TEST_DATA=folder for those on real data)
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: environment ## what ruff says
 	.venv/bin/ruff check .
