@@ -152,6 +152,9 @@ class Intensity(Section):
     """Upper end: a value or a percentile (default 99.5)."""
     nonzero: bool = False
     """True takes statistics over the voxels that are not 0."""
+    against: Literal["image", "controls"] = "image"
+    """Whose values the statistics are of. ``controls``: of all fields of the plate's negative controls (``plates.maps``), so that
+    plates are on one scale and a treatment may be brighter than all of them; nothing is cut off at percentiles."""
 
     @model_validator(mode="after")
     def _ends_are_in_order(self):
@@ -161,6 +164,8 @@ class Intensity(Section):
             low, high = 0.5 if self.low is None else self.low, 99.5 if self.high is None else self.high
             if not 0 <= low < high <= 100:
                 raise ValueError(f"kind percentile wants 0 <= low < high <= 100, got {low:g} and {high:g}")
+        if self.against == "controls" and (self.kind not in ("zscore", "percentile") or self.nonzero):
+            raise ValueError(f"against: controls wants zscore or percentile of all pixels, got {self.kind}, nonzero {self.nonzero}")
         return self
 
 
@@ -184,6 +189,18 @@ class Cascade(Section):
     """Its foreground classes, in the order of their channels."""
 
 
+class Illumination(Section):
+    """Light that falls unevenly on a field, corrected per plate and channel."""
+
+    files: str | None = None
+    """Path or URL of the user's own functions as ``.npy`` of (rows, columns), with ``{plate}`` and ``{channel}`` in it, such as
+    ``illum/{plate}_Illum{channel}.npy``; None: they are estimated from the fields of the plate."""
+    radius: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+    """Radius of the median filter over the mean field, as a share of the field's longer edge: larger than cells."""
+    least_fields: Positive = 20
+    """Fields of a plate below which a function is not estimated: the cells of fewer would be taken for light."""
+
+
 class Preprocess(Section):
     """What happens to an image before a network sees it; training and scoring run this same spec."""
 
@@ -196,6 +213,8 @@ class Preprocess(Section):
     channels: Literal["keep", "gray"] = "keep"
     """``gray`` makes one luminance channel of colours."""
     intensity: Intensity = Intensity()
+    illumination: Illumination | None = None
+    """How the light on the fields of a plate is evened out; None: not at all."""
     cascade: Cascade | None = None
     """A first model, whose output is added to the channels; None: the image alone."""
 
@@ -204,6 +223,12 @@ class Preprocess(Section):
         """How many channels come from a first model; they follow those of the image."""
         return 0 if self.cascade is None else len(self.cascade.classes)
 
+    @property
+    def of_plate(self) -> str:
+        """Digest of what is done to a field by what its whole plate is like, before anything else; empty: nothing is."""
+        scale = self.intensity if self.intensity.against == "controls" else None
+        return digest(self.illumination, scale)[:16] if self.illumination or scale else ""
+
     @model_validator(mode="after")
     def _one_grid(self):
         if self.orientation and len({_AXIS[c] for c in self.orientation}) < 3:
@@ -211,18 +236,6 @@ class Preprocess(Section):
         if self.spacing and self.size:
             raise ValueError("spacing and size both say the grid, wanted one")
         return self
-
-
-class Illumination(Section):
-    """Light that falls unevenly on a field, corrected per plate and channel."""
-
-    files: str | None = None
-    """Path or URL of the user's own functions as ``.npy`` of (rows, columns), with ``{plate}`` and ``{channel}`` in it, such as
-    ``illum/{plate}_Illum{channel}.npy``; None: they are estimated from the fields of the plate."""
-    radius: Annotated[float, Field(gt=0, le=0.5)] = 0.2
-    """Radius of the median filter over the mean field, as a share of the field's longer edge: larger than cells."""
-    least_fields: Positive = 20
-    """Fields of a plate below which a function is not estimated: the cells of fewer would be taken for light."""
 
 
 class FieldQuality(Section):
@@ -302,6 +315,10 @@ class Patches(Section):
     """Share of patches centred on a voxel that is not class 0 (foreground)."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """Share of patches centred on each class (balanced); None: equal."""
+    balance: tuple[Literal["class", "compound", "plate", "batch"], ...] = ()
+    """What weighs the same in the training loss however many patches it has: with ``[class, plate]`` each class on each plate. Each
+    patch is seen once per epoch all the same; its loss counts more the rarer it is. Classes are those of images, the others facts
+    of ``plates``."""
     compression: Literal["none", "zstd", "snappy"] = "zstd"
     row_group_mb: Annotated[float, Field(gt=0)] = 8.0
     """Size of a row group in MB before compression; smaller when ``row_groups`` asks for more of them."""
@@ -847,6 +864,14 @@ class Config(Section):
             raise ValueError(
                 f"patches.class_weights wants {len(self.classes)} weights, one per class and not all 0; got {list(weights)}"
             )
+        of_images, of_plates = "class" in self.patches.balance, set(self.patches.balance) - {"class"}
+        if (of_images and self.task != "classification") or (of_plates and self.plates is None):
+            wanted = "a section plates" if of_plates else "task classification: patches of a segmentation hold several"
+            raise ValueError(f"patches.balance {list(self.patches.balance)} wants {wanted}")
+        if self.preprocess.of_plate and self.plates is None:
+            raise ValueError("preprocess.illumination and intensity.against: controls are of plates: wanted a section plates")
+        if self.preprocess.intensity.against == "controls" and self.plates.maps is None:
+            raise ValueError("preprocess.intensity.against: controls wants plates.maps, which say where the controls are")
         if self.task == "classification" and self.preprocess.size is None:
             raise ValueError("classification wants preprocess.size: every image is resampled to one shape")
         if self.task == "classification" and self.patches.sampler in ("balanced", "foreground"):

@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from sparkmed import formats, storage
 from sparkmed.config import Cascade, Config, digest
 from sparkmed.formats.instance import VolumeHeader
+from sparkmed.hcs import correction
 from sparkmed.imaging import intensity, labels, patches, preprocess
 from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
@@ -104,7 +105,8 @@ def fields(config: Config, channels: int) -> list[Field]:
     size = config.patches.size
     image = Field("image", "float32", (channels, *size), "ndarray")
     truth = Field("label", _label_dtype(config), size, "ndarray") if config.task == "segmentation" else Field("target", "int64")
-    return [Field("patch_id", "str"), Field("subject", "str"), Field("volume", "str"), image, truth]
+    group = [Field("group", "int64")] if config.patches.balance else []
+    return [Field("patch_id", "str"), Field("subject", "str"), Field("volume", "str"), image, truth, *group]
 
 
 First = Callable[[Volume], Volume]
@@ -157,6 +159,29 @@ def numbered(rows: Iterable[dict]) -> list[tuple[int, dict]]:
     return list(enumerate(sorted(rows, key=lambda r: r["uid"])))
 
 
+def groups(rows: Iterable[dict], config: Config) -> dict[str, int]:
+    """By uid of a volume the number of its group in ``patches.balance``; the same whatever the order of ``rows``."""
+    found = {}
+    for row in rows:
+        said = json.loads(row["header"] or "{}")
+        said |= {"class": row["target"], "compound": said.get("treatment", {}).get("compound")}
+        found[row["uid"]] = tuple(str(said.get(what, "")) for what in config.patches.balance)
+    number = {group: n for n, group in enumerate(sorted(set(found.values())))}
+    return {uid: number[group] for uid, group in found.items()}
+
+
+def group_weights(rows: Sequence[dict], refused: Iterable[str], config: Config) -> list[float]:
+    """By group what the loss of a training patch of it counts, so that all groups count the same and the mean patch 1; 0 of a
+    group without training patches."""
+    known, gone = groups(rows, config), set(refused)
+    patches = [0] * (max(known.values(), default=-1) + 1)
+    for row in rows:
+        if row["split"] == "train" and row["uid"] not in gone:
+            patches[known[row["uid"]]] += patch_count(row, config)
+    there = sum(n > 0 for n in patches)
+    return [sum(patches) / (there * n) if n else 0.0 for n in patches]
+
+
 def order_key(seed: int, patch_id: str) -> int:
     """Where a patch stands in its split: the first 64 bits of a hash; patches of one key stand in the order of their volumes."""
     return int.from_bytes(sha256(f"{seed}/{patch_id}".encode()).digest()[:8], "big")
@@ -181,6 +206,22 @@ def weight(row: dict, config: Config) -> float:
     return 4.0 * math.prod(row["shape"]) + patch_count(row, config) * patch_bytes(config, channels([row], config))
 
 
+def read_image(row: dict) -> Volume:
+    """The image of a volume row; a field of a plate as the row says that its plate is treated (:mod:`sparkmed.hcs.correction`).
+
+    Raises :class:`Refused` as :func:`formats.read_volume`.
+    """
+    header = VolumeHeader.from_row(row)
+    volume, treated = formats.read_volume(header), header.facts.get(correction.FACT)
+    if treated is None:
+        return volume
+    try:
+        plate = correction.read(treated["file"])
+    except OSError as e:
+        raise Refused("UNREADABLE", f"how the plate is treated cannot be read ({type(e).__name__})") from None
+    return replace(volume, array=plate.apply(volume.array), of_plate=treated["of"])
+
+
 class Patch(NamedTuple):
     """``number`` of the patch in its volume, (C, I, J, K) float32 image, (I, J, K) label of a segmentation."""
 
@@ -201,7 +242,7 @@ def cut(row: dict, config: Config, first: First | None = None) -> tuple[Iterator
     unreadable pixels, before any patch.
     """
     header, spec = VolumeHeader.from_row(row), config.preprocess
-    volume = [formats.read_volume(header)]  # held by the list alone: it is gone when it is placed
+    volume = [read_image(row)]  # held by the list alone: it is gone when it is placed
     guidance = preprocess.guidance(first(volume[0]), spec) if spec.cascade is not None else None
     image = preprocess.place(volume.pop(), spec).array
     scale = functools.partial(intensity.scaled, scales=intensity.scales(image, spec.intensity))
@@ -307,10 +348,10 @@ def plan(spills: Sequence[Spill], config: Config, channels: int) -> list[FilePla
     return plans
 
 
-def write(plan: FilePlan, facts: Sequence[tuple[str, str, int | None]], config: Config, channels: int, dataset_url: str):
+def write(plan: FilePlan, facts: Sequence[tuple[str, str, int | None, int]], config: Config, channels: int, dataset_url: str):
     """Write one file, a row group in memory at a time.
 
-    ``facts`` are (uid, subject, target) of the volumes by their numbers.
+    ``facts`` are (uid, subject, target, number of the group) of the volumes by their numbers.
     """
     schema = arrow_schema(fields(config, channels))
     wanted = [(s.url, s.index, s.index + s.rows * _INDEX.itemsize) for s in plan.stretches]
@@ -354,13 +395,15 @@ def _gathered(stretches, stretch: np.ndarray, position: np.ndarray, config: Conf
 def _columns(index: np.ndarray, facts, arrays: list[np.ndarray], config: Config) -> list[pa.Array]:
     """In the order of :func:`fields`."""
     volumes = [facts[v] for v in index["volume"].tolist()]
-    ids = [patch_id(uid, n) for (uid, _, _), n in zip(volumes, index["number"].tolist(), strict=True)]
+    ids = [patch_id(uid, n) for (uid, *_), n in zip(volumes, index["number"].tolist(), strict=True)]
     columns = [pa.array(ids), pa.array([v[1] for v in volumes]), pa.array([v[0] for v in volumes])]
     for array in arrays:
         ends = np.arange(len(array) + 1, dtype=np.int32) * array.shape[1]
         columns.append(pa.Array.from_buffers(pa.binary(), len(array), [None, pa.py_buffer(ends), pa.py_buffer(array)]))
     if config.task == "classification":
         columns.append(pa.array([v[2] for v in volumes], pa.int64()))
+    if config.patches.balance:
+        columns.append(pa.array([v[3] for v in volumes], pa.int64()))
     return columns
 
 
@@ -413,6 +456,7 @@ def description(
         "counts": dict(counts),
         "subjects": subjects,
         "shortfall": dict(shortfall),
+        "group_weights": group_weights(rows, {u for s in spills for u in s.refused}, config) if config.patches.balance else None,
         "refused": {uid: [e.reason, e.message] for s in spills for uid, e in s.refused.items()},
         "files": {p.path: p.rows for p in plans},
         "cascade": config.preprocess.cascade and config.preprocess.cascade.model_dump(mode="json", exclude={"tracking"}),

@@ -128,6 +128,7 @@ SENTENCES = {
     "FEW_FIELDS": "The plate has too few fields to estimate its light.",
     "FIELD_SHAPE": "The field has another shape than the others of its plate.",
     "FLAT_CONTROLS": "The pixels of the plate's controls do not vary, so they give no scale.",
+    "OTHER_LIGHT": "The light and scale of the field's plate were treated in another way than the model was trained with.",
     "MASK_EMPTY": "The mask of a nucleus holds no pixel.",
     "MASK_OVERLAP": "Masks of different nuclei share too many pixels.",
     "MASK_SHAPE": "The mask of a nucleus has another shape than its image.",

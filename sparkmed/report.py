@@ -22,7 +22,6 @@ import pandas as pd
 from sparkmed import dataset, formats, pictures, reasons, scoring, storage, tables, tracking
 from sparkmed.config import Config
 from sparkmed.formats import isolation
-from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import hits, quality, wells
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import metrics
@@ -86,7 +85,7 @@ def examples(config: Config, model_url: str, rows: Sequence[dict]) -> dict[str, 
     pictures_of, model = {}, None
     for name, row in chosen:
         try:
-            image = formats.read_volume(VolumeHeader.from_row(row))
+            image = dataset.read_image(row)
             truth = dataset.read_label(row, image) if row["label"] else None
             model = model or Model.load(model_url, "cpu", config.imports)
             pictures_of[name] = pictures.overlay(image, model.predict(image), truth, config.classes, _limits(config))
@@ -281,7 +280,7 @@ def _examples_section(config: Config, facts: dict, rows: list[dict], evaluated: 
     shown = []
     for name, row in _chosen([by_uid[u] for u in known], known):
         try:
-            image = formats.read_volume(VolumeHeader.from_row(row))
+            image = dataset.read_image(row)
             predicted = _mask(config, masks.get(row["uid"]), image) or Model.load(facts["url"], "cpu", config.imports).predict(
                 image
             )
@@ -401,7 +400,7 @@ def _screen(config: Config, rows: list[dict], facts: dict) -> dict[str, Any] | N
     by_well = {(f.get("plate", "plate"), f["well"]): r for r in rows for f in [json.loads(r["header"])] if "well" in f}
     for r in judged[judged["hit"].eq(True)].sort_values("robust_z", key=abs, ascending=False).to_dict("records"):
         with contextlib.suppress(Refused):
-            image = formats.read_volume(VolumeHeader.from_row(by_well[tuple(r[k] for k in place)]))
+            image = dataset.read_image(by_well[tuple(r[k] for k in place)])
             dose = "" if pd.isna(r["concentration"]) else f", {r['concentration']:g} {r['unit'] or ''}".rstrip()
             items.append((image, f"{r['well']} {r['compound'] or ''}{dose}\nscore {r['score']:.2f}", False))
         if len(items) == GALLERY:
@@ -554,7 +553,7 @@ def _gallery(config: Config, model_url: str, rows: Sequence[dict], evaluated: li
     items, model = [], None
     for row in ranked[:GALLERY]:
         try:
-            image = formats.read_volume(VolumeHeader.from_row(row))
+            image = dataset.read_image(row)
             if row["uid"] not in known:
                 model = model or Model.load(model_url, "cpu", config.imports)
                 known[row["uid"]] = list(model.predict(image).values())

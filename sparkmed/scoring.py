@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparkmed import dataset, formats, storage
+from sparkmed import dataset, storage
 from sparkmed.config import Segment, digest
 from sparkmed.formats import dicom, dicom_seg, nifti
 from sparkmed.formats.instance import VolumeHeader
@@ -62,8 +62,7 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     fit the network.
     """
     started = time.perf_counter()
-    header = VolumeHeader.from_row(row)
-    image = [formats.read_volume(header)]  # held by the list alone: it is gone when its windows are computed
+    image = [dataset.read_image(row)]  # held by the list alone: it is gone when its windows are computed
     quantiles = intensity.quantiles(image[0].array)
     if model.spec.task == "segmentation":
         found: Segmentation | ClassProbabilities = model.segment(image, keep=keeps_probabilities(model, row, segs))
@@ -186,7 +185,7 @@ def spread(model: Model, row: dict, url: str) -> Parts:
     Holds the volume as it is stored, and as it is placed on the preprocessed grid (the same where nothing is resampled).
     """
     started = time.perf_counter()
-    volume = [formats.read_volume(VolumeHeader.from_row(row))]
+    volume = [dataset.read_image(row)]
     quantiles = tuple(intensity.quantiles(volume[0].array))
     grid, read = model.reader(volume)
     axis = model.spec.windows(grid.spatial_shape).axis

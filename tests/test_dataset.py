@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from archives import ct_config, ct_pairs
+from archives import ct_config, ct_pairs, plate_config
 
 from sparkmed import config, dataset, formats, storage
 from sparkmed.formats import archive, series
@@ -45,7 +45,8 @@ def settings(tmp_path, **patches):
 def made(rows, s, folder, groups=1):
     """Spills, plans and files in the order of their paths, of ``groups`` groups of volumes."""
     volumes = dataset.numbered(rows)
-    facts = [(r["uid"], r["subject"], r["target"]) for _, r in volumes]
+    group = dataset.groups(rows, s)
+    facts = [(r["uid"], r["subject"], r["target"], group[r["uid"]]) for _, r in volumes]
     (folder / "spilled").mkdir(parents=True)
     spills = [dataset.spill(volumes[i::groups], s, 1, str(folder / "spilled" / str(i))) for i in range(groups)]
     plans = dataset.plan(spills, s, 1)
@@ -78,6 +79,33 @@ def test_the_bytes_do_not_depend_on_who_cuts_which_volumes(rows, tmp_path, file_
     assert found[0] == found[1] == found[2]
     if file_mb == 0.03:
         assert len(found[0][0]) > 6
+
+
+def test_groups_weigh_the_same_in_all_and_a_patch_one_on_average():
+    s = config.parse(plate_config("a", "l", patches={"balance": ["class", "plate"]}))
+    rows = []
+    of = [(0, "P1", "train")] * 6 + [(1, "P1", "train")] * 2 + [(1, None, "train"), (0, "P2", "val")]
+    shared = {"label_uid": None, "subject": "s", "shape": [2, 48, 48, 1], "affine": np.eye(4).ravel().tolist()}
+    for n, (target, plate, split) in enumerate(of):
+        header = json.dumps({"plate": plate} if plate else {})
+        rows.append({"uid": f"u{n}", "target": target, "split": split, "header": header, **shared})
+    found = dataset.groups(rows, s)
+    assert found == dataset.groups(rows[::-1], s) and len(set(found.values())) == 4
+    weights = dataset.group_weights(rows, ["u0"], s)
+    counted = [r["uid"] for r in rows[1:9]]
+    assert np.mean([weights[found[uid]] for uid in counted]) == pytest.approx(1)
+    sums = {g: sum(weights[found[uid]] for uid in counted if found[uid] == g) for g in {found[uid] for uid in counted}}
+    assert len(sums) == 3 and list(sums.values()) == pytest.approx([8 / 3] * 3)
+    assert weights[found["u9"]] == 0, "nothing of it is trained on"
+    assert [f.name for f in dataset.fields(s, 2)][-1] == "group" and dataset.version(rows, s) != dataset.version(
+        rows, s.model_copy(update={"patches": s.patches.model_copy(update={"balance": ()})})
+    )
+
+
+@pytest.mark.parametrize("balance,said", [(["class"], "task classification"), (["plate"], "section plates")])
+def test_groups_that_a_config_has_not_are_refused(tmp_path, balance, said):
+    with pytest.raises(InputError, match=said):
+        settings(tmp_path, balance=balance)
 
 
 def test_rows_of_a_split_stand_in_the_order_of_a_hash(rows, tmp_path):
@@ -173,7 +201,7 @@ def test_the_channels_of_a_first_model_follow_those_of_the_image(rows, tmp_path,
     (tmp_path / "s").mkdir()
     spills = [dataset.spill(dataset.numbered(rows), s, 3, str(tmp_path / "s" / "0"), first)]
     plans = dataset.plan(spills, s, 3)
-    facts = [(r["uid"], r["subject"], r["target"]) for _, r in dataset.numbered(rows)]
+    facts = [(r["uid"], r["subject"], r["target"], 0) for _, r in dataset.numbered(rows)]
     dataset.write(plans[0], facts, s, 3, str(tmp_path / "d"))
     (written, *_) = table((tmp_path / "d" / plans[0].path).read_bytes())
     assert np.load(io.BytesIO(written["image"])).shape == (3, *size)
@@ -229,7 +257,7 @@ def test_the_files_on_a_remote_store_are_the_same(rows, tmp_path):
     s = settings(tmp_path, row_groups=4, file_mb=0.1)
     local = made(rows, s, tmp_path / "d")[2]
     volumes = dataset.numbered(rows)
-    facts = [(r["uid"], r["subject"], r["target"]) for _, r in volumes]
+    facts = [(r["uid"], r["subject"], r["target"], 0) for _, r in volumes]
     spills = [dataset.spill(volumes[i::2], s, 1, f"memory://writer/spilled/{i}") for i in range(2)]
     for p in dataset.plan(spills, s, 1):
         dataset.write(p, facts, s, 1, "memory://writer")
@@ -246,7 +274,7 @@ def test_a_spill_that_lost_its_end_is_an_error(rows, tmp_path):
         f.truncate(spilled.stat().st_size - 1)
     with pytest.raises(EOFError, match="wanted"):
         for p in plans:
-            dataset.write(p, [(r["uid"], r["subject"], None) for _, r in volumes], s, 1, str(tmp_path / "d"))
+            dataset.write(p, [(r["uid"], r["subject"], None, 0) for _, r in volumes], s, 1, str(tmp_path / "d"))
     assert not [f for f in (tmp_path / "d").rglob("*partial")]
 
 

@@ -21,6 +21,8 @@ from sparkmed.rejection import Refused, Rejection
 
 STAGE = "volumes"
 FORMAT = "plate"
+NAMELESS = "plate"
+"""A plate whose name neither files nor an index give."""
 MODALITY = "HCS"
 """No DICOM modality: high-content screening has none of its own."""
 

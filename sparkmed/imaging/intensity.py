@@ -41,6 +41,7 @@ def scales(array: np.ndarray, spec: Intensity) -> list[Scale]:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise Refused("NOT_FINITE", f"{np.count_nonzero(~np.isfinite(array))} voxels are infinite or not a number")
     fit = {"none": _unscaled, "zscore": _zscore, "window": _window, "percentile": _percentile}[spec.kind]
+    fit = _unscaled if spec.against == "controls" else fit  # that was done to the whole plate
     with np.errstate(over="ignore", invalid="ignore"):
         found = [fit(channel, spec) for channel in array]
         for channel, scale in zip(array, found, strict=True):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from sparkmed.config import Cascade, Preprocess
+from sparkmed.config import Cascade, Intensity, Preprocess
 from sparkmed.imaging import geometry, intensity, labels, resample
 from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
@@ -41,8 +41,12 @@ def place(volume: Volume, spec: Preprocess, order: int = 1) -> Volume:
     """The image of :func:`apply` before its intensities are scaled: stored values where nothing was interpolated.
 
     ``order`` 0 is for a label that is on the grid of its image. Given the only reference to a volume, it holds no more of the
-    steps than the one at hand needs.
+    steps than the one at hand needs. Raises :class:`Refused` ``OTHER_LIGHT`` for a field of a plate whose light and scale were
+    not treated as ``spec`` says.
     """
+    if order and volume.of_plate != spec.of_plate:
+        done, wanted = (f"settings {x}" if x else "no settings" for x in (volume.of_plate, spec.of_plate))
+        raise Refused("OTHER_LIGHT", f"light and scale of the plate were treated by {done} of preprocess, wanted {wanted}")
     grid = output_grid(volume, spec)
     if spec.channels == "gray":
         volume = volume.with_array(_gray(volume.array))
@@ -58,7 +62,8 @@ def guidance(first: Volume, spec: Preprocess) -> np.ndarray:
     foreground classes (linear).
     """
     order = 0 if spec.cascade.output == "labels" else 1
-    return place(first, spec.model_copy(update={"channels": "keep"}), order).array
+    same = {"channels": "keep", "illumination": None, "intensity": Intensity(kind="none")}  # what it says is no light
+    return place(first, spec.model_copy(update=same), order).array
 
 
 def as_channels(guidance: np.ndarray, cascade: Cascade) -> np.ndarray:

@@ -11,6 +11,7 @@ class Volume:
 
     ``array`` is (C, I, J, K) real-world values (a 2-D image has K = 1; time and colours are channels; a label volume has
     C = 1 and an integer dtype). ``affine`` is (4, 4) float64 and maps the index of a voxel's centre to RAS+ millimetres.
+    ``of_plate`` is :attr:`~sparkmed.config.Preprocess.of_plate` of what was done to the field of a plate, empty: nothing.
     """
 
     array: np.ndarray
@@ -18,6 +19,7 @@ class Volume:
     series_uid: str = ""
     modality: str = ""
     sources: tuple[str, ...] = ()
+    of_plate: str = ""
 
     def __post_init__(self):
         if self.array.ndim != 4:

@@ -1,6 +1,7 @@
 """Remove what nobody can need: what killed runs have left, and files that a commit has replaced."""
 
 import datetime
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -39,15 +40,16 @@ def vacuum(config: Config, dry_run: bool = False) -> list[Leftover]:
     """Remove leftovers that were not touched for ``vacuum.after_days``; what they are, or with ``dry_run`` would be.
 
     These are data files of any table that no version names that was the newest since then; masks without a prediction; datasets,
-    checks and files that were never finished; copies of models that were neither used nor named by a decision since then, and that
-    the registry still has. SEG lie outside of the lake and stay. Readers and runs that are at work keep what they need, unless
-    they are older than that.
+    checks and files that were never finished; corrections of plates that have changed; copies of models that were neither used nor
+    named by a decision since then, and that the registry still has. SEG lie outside of the lake and stay. Readers and runs that are
+    at work keep what they need, unless they are older than that.
     """
     if not storage.exists(config.lake):
         raise InputError(f"lake {config.lake} does not exist")
     before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=config.vacuum.after_days)
     files = {f.path: f for f in storage.walk(config.lake)}
     found = [*_data_files(config, files, before), *_unfinished(files, before), *_models(config, files, before)]
+    found += _corrections(config, files, before)
     if not dry_run:
         for leftover in found:
             _remove(config, leftover)
@@ -119,6 +121,17 @@ def _models(config: Config, files: dict[str, storage.File], before: datetime.dat
         if version not in needed and version in there and all(_old(f, before) for f in inside):
             folder = f"models/{storage.component(registry.model)}/{version}"
             yield Leftover(folder, sum(f.size for f in inside), "copy of a model", True)
+
+
+def _corrections(config: Config, files: dict[str, storage.File], before: datetime.datetime) -> list[Leftover]:
+    old = [f for path, f in files.items() if path.startswith("corrections/") and _old(f, before)]
+    headers = tables.volumes(config.lake).read(["header"])["header"].to_pylist() if old else []
+    named = {json.loads(h or "{}").get("correction", {}).get("file") for h in headers}
+    return [
+        Leftover(f.path, f.size, "correction of no plate")
+        for f in old
+        if storage.absolute(storage.join(config.lake, f.path)) not in named
+    ]
 
 
 def _decided(row: dict) -> datetime.datetime:

@@ -1,51 +1,169 @@
 """Light and scale of plates, summed over all of their fields: a task adds up fields of one plate, only sums travel."""
 
+import dataclasses
+import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pyspark.sql import SparkSession
 
-from sparkmed import config, formats
+from sparkmed import formats, storage
+from sparkmed.config import Config, FieldQuality, Illumination, Intensity, digest
 from sparkmed.formats import VolumeHeader
-from sparkmed.hcs import illumination
+from sparkmed.formats.instance import READER, to_json
+from sparkmed.hcs import correction, illumination, image_quality
+from sparkmed.hcs.correction import Correction
+from sparkmed.hcs.fields import NAMELESS
 from sparkmed.hcs.illumination import FieldSum, Light
 from sparkmed.hcs.plate_intensity import ControlScale, Histogram
 from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark.session import decoding, packed
 
 STAGE = "illumination"
+FOLDER = "corrections"
+"""Of the lake, where treatments of plates lie."""
 TASK_BYTES = 1e9
 """Of pixels that a task reads."""
+
+ALL = FieldQuality()
+"""By which no field is left out."""
 
 Key = tuple[str, str]
 """Plate and name of the channel."""
 Sum = FieldSum | Histogram
 
 
+def treated(spark: SparkSession, headers: Sequence[VolumeHeader], config: Config) -> tuple[list[VolumeHeader], list[Rejection]]:
+    """The headers of fields with the fact how their plate is treated as ``config.preprocess`` says, and with a uid of that too.
+
+    A plate whose light or scale cannot be estimated has all of its fields refused: none is taken as it is. What was estimated lies
+    in the lake under a digest of what it is of, and is not estimated again. Raises :class:`InputError` for a function of the user's
+    that cannot be read.
+    """
+    spec, plates = config.preprocess, {}
+    for header in headers:
+        plates.setdefault(_plate(header), []).append(header)
+    given = _given(config, plates)
+    plates, odd = _fitting(plates, given)
+    names = {plate: _name(config, plate, some, given) for plate, some in plates.items()}
+    files = {plate: storage.absolute(storage.join(config.lake, FOLDER, f"{name}.json")) for plate, name in names.items()}
+    new = [plate for plate in plates if not storage.exists(files[plate])]
+    found, problems, refused = _estimated(spark, [h for plate in new for h in plates[plate]], config, given)
+    for plate in new:
+        if plate not in problems:
+            found[plate].write(files[plate])
+    kept, refused, gone = [], odd + refused, {r.uri for r in refused}
+    for plate, some in plates.items():
+        for header in some:
+            if problem := problems.get(plate):
+                refused += [problem.at(uri, STAGE) for uri in header.sources if uri not in gone]
+            elif gone.isdisjoint(header.sources):
+                facts = header.facts | {correction.FACT: {"file": files[plate], "of": spec.of_plate}}
+                kept.append(dataclasses.replace(header, uid=digest(header.uid, names[plate])[:32], header=to_json(facts)))
+    return kept, refused
+
+
+def files(config: Config) -> list:
+    """The user's own functions, as a listing says which they are: another content is another size or time."""
+    spec = config.preprocess.illumination
+    if spec is None or spec.files is None:
+        return []
+    folder = storage.absolute(spec.files.partition("{")[0].rpartition("/")[0] or ".")
+    try:
+        return [[f.path, f.size, f.mtime_ns] for f in sorted(storage.walk(folder), key=lambda f: f.path)]
+    except FileNotFoundError:
+        raise InputError(f"illumination.files: {folder} does not exist") from None
+
+
+def _plate(header: VolumeHeader) -> str:
+    return str(header.facts.get("plate") or NAMELESS)
+
+
+def _is_control(header: VolumeHeader) -> bool:
+    return header.facts.get("treatment", {}).get("control") == "negative"
+
+
+def _given(config: Config, plates: Iterable[str]) -> dict[Key, Light]:
+    """The user's own functions."""
+    spec = config.preprocess.illumination
+    if spec is None or spec.files is None:
+        return {}
+    return {(plate, c): illumination.read(spec.files, plate, c) for plate in plates for c, _ in config.plates.channels}
+
+
+def _fitting(
+    plates: Mapping[str, list[VolumeHeader]], given: Mapping[Key, Light]
+) -> tuple[dict[str, list[VolumeHeader]], list[Rejection]]:
+    """The fields that have the shape of the user's functions, and refusals of the others."""
+    wanted = {plate: {light.shape for key, light in given.items() if key[0] == plate} for plate in plates}
+    fitting, odd = {}, []
+    for plate, some in plates.items():
+        fitting[plate] = [h for h in some if wanted[plate] <= {h.shape[1:3]}]
+        e = Refused("FIELD_SHAPE", f"the field has another shape than the functions of illumination.files: {sorted(wanted[plate])}")
+        odd += [e.at(uri, STAGE) for h in some if not wanted[plate] <= {h.shape[1:3]} for uri in h.sources]
+    return {plate: some for plate, some in fitting.items() if some}, odd
+
+
+def _name(config: Config, plate: str, headers: list[VolumeHeader], given: Mapping[Key, Light]) -> str:
+    """Digest of all that the treatment of a plate is a function of."""
+    spec, plates = config.preprocess, config.plates
+    own = [[list(light.shape), hashlib.sha256(light.grid).hexdigest()] for key, light in sorted(given.items()) if key[0] == plate]
+    content = sorted((h.uid, _is_control(h)) for h in headers)
+    return digest(READER, spec.illumination, spec.intensity, plates.quality, plates.channels, own, content)[:32]
+
+
+def _estimated(
+    spark: SparkSession, headers: list[VolumeHeader], config: Config, given: Mapping[Key, Light]
+) -> tuple[dict[str, Correction], dict[str, Refused], list[Rejection]]:
+    """The treatment of each plate, why some have none, and the fields that were refused."""
+    spec, quality, rows = config.preprocess, config.plates.quality, [h.row() for h in headers]
+    known, problems, refused, scales = dict(given), {}, [], {}
+    if spec.illumination and not given:
+        known, problems, refused = lights(spark, rows, spec.illumination, quality)
+    if spec.intensity.against == "controls":
+        gone = {r.uri for r in refused}
+        controls = [h.row() for h in headers if _is_control(h) and gone.isdisjoint(h.sources)]
+        scales, without, more = control_scales(spark, controls, spec.intensity, known, quality)
+        problems, refused = {**without, **problems}, refused + more
+    of_plates = {_plate(h) for h in headers}
+    found, unfit = {}, {plate: e for (plate, _), e in sorted(problems.items(), reverse=True)}
+    for plate in of_plates - unfit.keys():
+        keys = [(plate, c) for c, _ in config.plates.channels]
+        if spec.intensity.against == "controls" and not all(k in scales for k in keys):
+            unfit[plate] = Refused("NO_CONTROLS", "the plate has no field of a negative control")
+        else:
+            found[plate] = Correction(tuple(known.get(k) for k in keys), tuple(scales.get(k) for k in keys))
+    return found, unfit, refused
+
+
 def lights(
-    spark: SparkSession, rows: Sequence[dict], settings: config.Illumination, left_out: frozenset[tuple[str, str]] = frozenset()
+    spark: SparkSession, rows: Sequence[dict], settings: Illumination, quality: FieldQuality = ALL
 ) -> tuple[dict[Key, Light], dict[Key, Refused], list[Rejection]]:
     """The light of each plate and channel, why the others have none, and the fields that were refused.
 
-    ``rows`` are of ``volumes/``, their facts with ``plate`` and ``channels`` (names in the order of the array); ``left_out`` are
-    (uid, channel) of fields that do not count, such as saturated ones. The numbers are those of :class:`FieldSum` in one process,
-    bit by bit. A field of another shape than most of its plate is refused (``FIELD_SHAPE``).
+    ``rows`` are of ``volumes/``, their facts with ``plate`` and ``channels`` (names in the order of the array). A field with a flag
+    of the channel that ``quality.leave_out`` names does not count; cells are not counted here. The numbers are those of
+    :class:`FieldSum` in one process, bit by bit. A field of another shape than most of its plate is refused (``FIELD_SHAPE``).
     """
     usual, odd = _of_usual_shape([_Field.of(r) for r in rows])
 
     def one(field, channel, pixels):
-        return FieldSum() if (field.header.uid, channel) in left_out else FieldSum.of(pixels)
+        return FieldSum() if _suspect(pixels, quality) else FieldSum.of(pixels)
 
     found, undefined, refused = _summed(spark, usual, FieldSum(), one, lambda total: total.compute(settings))
     return found, undefined, odd + refused
 
 
 def control_scales(
-    spark: SparkSession, rows: Sequence[dict], spec: config.Intensity, lights: Mapping[Key, Light] | None = None
+    spark: SparkSession,
+    rows: Sequence[dict],
+    spec: Intensity,
+    lights: Mapping[Key, Light] | None = None,
+    quality: FieldQuality = ALL,
 ) -> tuple[dict[Key, ControlScale], dict[Key, Refused], list[Rejection]]:
     """The scale of each plate and channel by the fields of its controls, which ``rows`` are; as :func:`lights`.
 
@@ -55,12 +173,19 @@ def control_scales(
 
     def one(field, channel, pixels):
         light = known.value.get((field.plate, channel))
+        if _suspect(pixels, quality):
+            return Histogram.empty()
         return Histogram.of(illumination.correct(pixels[None, ..., None], [light]))
 
     try:
         return _summed(spark, [_Field.of(r) for r in rows], Histogram.empty(), one, lambda total: total.compute(spec))
     finally:
         known.unpersist()
+
+
+def _suspect(pixels: np.ndarray, quality: FieldQuality) -> bool:
+    wanted = set(quality.leave_out)
+    return bool(wanted) and not wanted.isdisjoint(image_quality.flags(image_quality.measure(pixels, quality), quality))
 
 
 def _summed(
@@ -120,14 +245,12 @@ class _Field:
     @classmethod
     def of(cls, row: dict) -> "_Field":
         header = VolumeHeader.from_row(row)
-        facts = header.facts
-        channels = tuple(str(c) for c in facts.get("channels") or ())
-        if not facts.get("plate") or len(channels) != header.shape[0]:
+        channels = tuple(str(c) for c in header.facts.get("channels") or ())
+        if len(channels) != header.shape[0]:
             raise InputError(
-                f"volume {header.uid} of {header.shape[0]} channels is no field of a plate: its header names plate "
-                f"{facts.get('plate')!r} and channels {list(channels)}"
+                f"volume {header.uid} of {header.shape[0]} channels is no field of a plate: its header names {list(channels)}"
             )
-        return cls(header, str(facts["plate"]), channels)
+        return cls(header, _plate(header), channels)
 
 
 def _of_usual_shape(fields: list[_Field]) -> tuple[list[_Field], list[Rejection]]:

@@ -35,7 +35,8 @@ def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: di
     spilled = storage.join(unfinished, "_spilled")
     storage.makedirs(spilled)
     volumes, channels = dataset.numbered(rows), dataset.channels(rows, config)
-    facts = [(r["uid"], r["subject"], r["target"]) for _, r in volumes]
+    groups = dataset.groups(rows, config)
+    facts = [(r["uid"], r["subject"], r["target"], groups[r["uid"]]) for _, r in volumes]
 
     def cut_some(some):
         with session.decoding():  # a name for each attempt at a task: of two that run at once, one counts

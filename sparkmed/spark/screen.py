@@ -11,7 +11,7 @@ from sparkmed import formats, tables
 from sparkmed.config import Plates, digest
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import image_quality, nuclei
-from sparkmed.hcs.fields import FORMAT
+from sparkmed.hcs.fields import FORMAT, NAMELESS
 from sparkmed.rejection import Refused, Rejection
 from sparkmed.spark import catalog, profiles
 from sparkmed.spark.session import decoding, packed
@@ -19,8 +19,6 @@ from sparkmed.spark.session import decoding, packed
 STAGE = "screen"
 TASK_BYTES = 1e9
 """Of pixels that a task reads."""
-NAMELESS = "plate"
-"""A plate whose name neither files nor an index give."""
 FACTS = {
     "plate": "string", "batch": "string", "well": "string", "row": "bigint", "column": "bigint",
 }  # fmt: skip

@@ -18,7 +18,7 @@ from sparkmed.hcs import fields, filenames, indexes
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import labels, preprocess
 from sparkmed.rejection import InputError, Refused, Rejection
-from sparkmed.spark import catalog
+from sparkmed.spark import catalog, illumination
 from sparkmed.spark.session import decoding
 
 STAGE = cohort.STAGE
@@ -37,6 +37,7 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
         tables.catalog(config.lake).committed(catalog.STAGE),
         cohort.label_table(config),
         *([cohort.plate_digest(config), config.plates] if config.plates else []),
+        *illumination.files(config),
         config.volumes,
         config.identity,
         fingerprint(key),
@@ -57,6 +58,9 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     files = len({u for h in headers for u in h.sources} | {r.uri for r in rejections})
     study = cohort.assemble(headers, config, key)
     rejections += study.rejections
+    if config.preprocess.of_plate:
+        study, unlit = _treated(spark, study, config)
+        rejections += unlit
     counted = {(r["uid"], r["label_uid"]): r["label_counts"] for r in before if len(r["label_counts"] or ()) == len(config.classes)}
     fitting, unfit = _fitting(study.members, config)
     members, label_counts, unsound = _check_labels(spark, fitting, config, counted)
@@ -159,6 +163,19 @@ def _fields(instances: list[Instance], plates: Plates) -> tuple[list[VolumeHeade
             rejections.append(e.at(wanted[0].uri, STAGE))
     found = fields.assemble(pictures, plates, index)
     return found.headers, rejections + found.rejections, Counter(found.others.values())
+
+
+def _treated(spark: SparkSession, study: cohort.Cohort, config: Config) -> tuple[cohort.Cohort, list[Rejection]]:
+    """The fields of plates with what is done to their plate, which their uid then says too; other images as they are."""
+    fields_of = [m for m in study.members if m.image.format == fields.FORMAT]
+    images, refused = illumination.treated(spark, [m.image for m in fields_of], config)
+    by_sources = {i.sources: i for i in images}
+    members = [
+        dataclasses.replace(m, image=by_sources.get(m.image.sources, m.image))
+        for m in study.members
+        if m.image.format != fields.FORMAT or m.image.sources in by_sources
+    ]
+    return dataclasses.replace(study, members=members), [dataclasses.replace(r, stage=STAGE) for r in refused]
 
 
 def _fitting(members: list[cohort.Member], config: Config) -> tuple[list[cohort.Member], list[Rejection]]:

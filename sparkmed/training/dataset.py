@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from sparkmed import storage
@@ -190,6 +191,17 @@ class PatchDataset:
             return {f.name: _decode(table[self._columns[f.name]], f) for f in self.fields if f.name in self._columns} | named
         except (ValueError, TypeError, SyntaxError, OSError, EOFError, zlib.error, pa.ArrowException) as e:
             raise DatasetError(f"{where}: {_line(e)}") from None
+
+    def subjects(self) -> set[str]:
+        """Of all patches; none in a dataset without them. Reads nothing else."""
+        column, found = self._columns.get("subject"), set()
+        for path in dict.fromkeys(b.path for b in self.blocks) if column else ():
+            try:
+                with self._open(path) as file:
+                    found.update(pc.unique(file.to_table(columns=[column])[column]).to_pylist())
+            except (OSError, pa.ArrowException) as e:
+                raise DatasetError(f"dataset {self.url}: {path}: {_line(e)}") from None
+        return found
 
 
 def _memory_pool() -> pa.MemoryPool:

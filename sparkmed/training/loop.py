@@ -56,10 +56,13 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
     feed = _loader(config, dataset_url, comm, device, "train", train.batch_size * train.accumulate)
     held_out = _loader(config, dataset_url, comm, device, "val", train.batch_size)
     check(config, feed.dataset)
+    if comm.rank == 0:
+        _require_disjoint(feed.dataset, held_out.dataset)
     state, identity = State.start(config, feed.dataset, device, comm), run_identity(config, feed.dataset)
     _check_smallest(config, feed, state.network, comm)
     state.restore(comm.broadcast(_saved(folder_url, identity) if comm.rank == 0 else None), feed, comm)
     network, loss_of = state.network, losses.build(train.loss, config.task, config.imports)
+    weights = _group_weights(feed.dataset, device)
     forward = torch.compile(network) if train.compile else network
     parameters = [p for p in network.parameters() if p.requires_grad]
     precision = _autocast_type(train.precision, device)
@@ -82,6 +85,7 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     output = forward(image.contiguous(memory_format=layout))
                 values = loss_of(_in_full(output), part["target"] if label is None else label)
+                values = values if weights is None else values * weights[part["group"]]
                 state.losses.add(values, part["patch_id"], epoch, state.step)
                 state.scaler.scale(values.sum() / part["total"]).backward()  # over ranks: the mean over the global batch
             state.losses.check()
@@ -109,6 +113,11 @@ def fit(config: Config, dataset_url: str, folder_url: str, comm: Comm | None = N
         _save(folder_url, config, identity, state, comm)
 
     return comm.broadcast(_result(config, feed.dataset, folder_url, state, stopped, identity) if comm.rank == 0 else None)
+
+
+def _group_weights(dataset: PatchDataset, device: torch.device) -> Tensor | None:
+    found = dataset.meta.get("group_weights")
+    return None if found is None else torch.tensor(found, dtype=torch.float32, device=device)
 
 
 def validate(config: Config, network: nn.Module, loss_of: losses.Loss, held_out: PatchLoader, comm: Comm) -> dict:
@@ -153,6 +162,17 @@ def check(config: Config, dataset: PatchDataset) -> None:
         raise InputError(f"dataset {dataset.url} has classes {list(meta['classes'])}, the config {list(config.classes)}")
     channels, *size = dataset.field("image").shape
     check_augment(config.train.augment, (channels - config.preprocess.guided, *size))
+
+
+def _require_disjoint(trained: PatchDataset, judged: PatchDataset) -> None:
+    """Raises :class:`InputError` when a subject (a patient, or what ``plates.split_by`` names) is in both: a metric over what was
+    trained on says nothing."""
+    both = sorted(trained.subjects() & judged.subjects())
+    if both:
+        raise InputError(
+            f"dataset {trained.url}: {len(both)} subjects of split {judged.split} are in {trained.split} too, such as {both[0]}: "
+            "the metric would be over what was trained on"
+        )
 
 
 def run_identity(config: Config, dataset: PatchDataset) -> str:

@@ -25,6 +25,7 @@ def write(
     counts: Mapping[str, int] | None = None,
     files: bool = True,
     compression: str = "zstd",
+    group_weights: Sequence[float] | None = None,
 ) -> str:
     """A dataset of ``{split: [rows of file 0, rows of file 1, ...]}``; rows as :func:`balls` makes them."""
     rows = [r for parts in splits.values() for part in parts for r in part]
@@ -37,6 +38,9 @@ def write(
     else:
         fields.append({"name": "target", "dtype": "int64", "shape": [], "codec": "scalar"})
         types["target"] = pa.int64()
+    if "group" in rows[0]:
+        fields.append({"name": "group", "dtype": "int64", "shape": [], "codec": "scalar"})
+        types["group"] = pa.int64()
     fields += [{"name": n, "dtype": "str", "shape": [], "codec": "scalar"} for n in ("patch_id", "subject", "volume")]
     listed = {}
     for split, parts in splits.items():
@@ -50,7 +54,7 @@ def write(
     meta = {
         "format_version": 1, "name": "test", "version": "1", "digest": "d" * 64, "task": task, "classes": list(classes), "seed": 0,
         "counts": dict(counts) if counts is not None else {s: sum(len(p) for p in parts) for s, parts in splits.items()},
-        "fields": fields,
+        "fields": fields, "group_weights": group_weights,
     }  # fmt: skip
     if files:
         meta["files"] = listed
@@ -83,6 +87,6 @@ def balls(n: int, size: tuple[int, int, int] = (16, 16, 16), seed: int = 0, pref
         inside = ((grid - centre[:, None, None, None]) ** 2).sum(0) <= radius**2
         image = (inside * 2.0 + rng.normal(0, 0.5, size)).astype(np.float32)[None]
         name = f"{prefix}{i:04d}"
-        names = dict.fromkeys(("patch_id", "subject", "volume"), name)
+        names = {"patch_id": name, "subject": f"{seed}/{name}", "volume": name}
         rows.append({"image": image, "label": inside.astype(np.uint8), "target": target, **names})
     return rows

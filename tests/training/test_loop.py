@@ -148,6 +148,34 @@ def test_classification(tmp_path):
     assert model.predict_patches(batch).shape == (6, 2)
 
 
+def test_a_group_that_weighs_double_is_as_if_its_patches_were_there_twice(tmp_path):
+    size, held_out = (24, 24, 1), [datasets.balls(4, (24, 24, 1), seed=1)]
+    rows = [r | {"group": n % 2} for n, r in enumerate(datasets.balls(4, size))]
+    twice = rows + [r | {"patch_id": f"again-{r['patch_id']}"} for r in rows if r["group"]]
+    held_out = [[r | {"group": 0} for r in held_out[0]]]
+    settings = classifier(augment={}, batch_size=8)
+    without = settings.train.network.arguments | {"norm": "instance"}  # batch norm would see who is there twice
+    changes = {
+        "network": config.Component(name=settings.train.network.name, **without),
+        "epochs": 1,
+        "optimizer": config.Optimizer(name="SGD", lr=0.02),
+    }
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update=changes)})
+    weights = {}
+    for name, train, group_weights in (("weighted", rows, [2 / 3, 4 / 3]), ("twice", twice, None), ("plain", rows, None)):
+        splits = {"train": [train], "val": held_out}
+        url = datasets.write(tmp_path / name, splits, ["small", "large"], "classification", group_weights=group_weights)
+        loop.fit(settings, url, str(tmp_path / f"{name} run"))
+        weights[name] = last_weights(tmp_path / f"{name} run")
+    assert same(weights["weighted"], weights["twice"], 1e-5) and not same(weights["weighted"], weights["plain"], 1e-4)
+
+
+def test_subjects_that_are_trained_on_are_not_judged(tmp_path):
+    url = datasets.write(tmp_path, {"train": [datasets.balls(8)], "val": [datasets.balls(2, prefix="v")[:1] + datasets.balls(1)]})
+    with pytest.raises(InputError, match="1 subjects of split val are in train too, such as 0/0000"):
+        loop.fit(project(), url, str(tmp_path / "run"))
+
+
 def test_components_by_name(balls, tmp_path):
     result = loop.fit(
         project(
