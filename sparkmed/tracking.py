@@ -142,7 +142,10 @@ class Registry:
         """
         url, digest = storage.join(lake, "models", storage.component(self.model), version), self.digest(version)
         if storage.exists(storage.join(url, models.SPEC)):
-            models.read_spec(url, digest)
+            try:
+                models.read_spec(url, digest)
+            except InputError as e:
+                raise InputError(f"{e}. Version {version} of {self.model} is another model in the registry: remove {url}") from None
         else:
             with tempfile.TemporaryDirectory() as folder:
                 models.copy(str(_download(f"models:/{self.model}/{version}", self.uri, folder)), url, digest)

@@ -280,6 +280,8 @@ def test_a_number_is_traced_to_its_files_and_the_training_data(project, capsys):
     assert chain["model"] | {"version": "1", "digest": row["model_digest"], "champion": True} == chain["model"]
     assert chain["training"]["dataset_digest"] == "digest of the training data 1" and chain["training"]["training"] == "training 1"
     assert ledger.trace(settings, row["mask"])["prediction"]["key"] == row["key"]
+    renamed = settings.model_copy(update={"classes": ("nothing", "something")})
+    assert ledger.trace(renamed, row["key"])["prediction"] == ledger.trace(settings, row["key"])["prediction"]
     for name in ("zzzz", "", "no text \udcff"):
         with pytest.raises(InputError, match="no predictions of lake .* have the key, mask or SEG"):
             ledger.trace(settings, name)
@@ -294,6 +296,7 @@ def test_a_number_is_traced_to_its_files_and_the_training_data(project, capsys):
     tracking.of(settings).client.delete_registered_model("nightly")
     storage.remove(storage.join(settings.lake, "models"), recursive=True)
     last = ledger.trace(settings, row["key"])
+    assert last["prediction"]["ml"]["class 1"] == row["ml"][1], "nobody knows the names any more"
     assert last["training"] == {"dataset_digest": "digest of the training data 1"}
     assert "does not have it" in last["model"]["registry"]
 

@@ -42,7 +42,10 @@ def screen_bbbc013(folder: pathlib.Path):
     (folder / "metadata.csv").write_text("\n".join(lines))
 
 
-SMALLER = {"screen_bbbc013": {"preprocess": {"size": [64, 64, 1]}, "patches": {"size": [32, 32, 1]}}}
+SMALLER = {
+    "hippocampus": {"preprocess": {"spacing": [4.0, 4.0, 6.0]}, "patches": {"size": [24, 24, 16]}},
+    "screen_bbbc013": {"preprocess": {"size": [64, 64, 1]}, "patches": {"size": [32, 32, 1]}},
+}
 
 
 @pytest.mark.parametrize("write", [hippocampus, radiographs, screen_bbbc013], ids=lambda f: f.__name__)

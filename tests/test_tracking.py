@@ -2,7 +2,7 @@ import pytest
 from learning.test_model import segmenter
 from mlflow.exceptions import MlflowException
 
-from sparkmed import config, tracking
+from sparkmed import config, storage, tracking
 from sparkmed.learning import model as models
 from sparkmed.rejection import InputError
 
@@ -71,3 +71,8 @@ def test_a_version_that_is_not_what_was_registered_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match="is not the one that was asked for: spec.json has SHA-256"):
             use()
+    kept.write_text(kept.read_text().replace('"lever"', '"liver"'))
+    copy = storage.local_path(store.fetch(version, str(tmp_path / "lake")))
+    (copy / "spec.json").write_text((copy / "spec.json").read_text().replace('"liver"', '"lever"'))
+    with pytest.raises(InputError, match=f"is another model in the registry: remove .*models/p/{version}"):
+        store.fetch(version, str(tmp_path / "lake"))

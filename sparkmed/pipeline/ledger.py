@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -175,7 +176,8 @@ def trace(config: Config, name: str) -> dict:
             "its beginning of 4 characters or more (sparkmed predictions prints them)"
         )
     (row,) = found
-    per_class = {c: dict(zip(config.classes, row[c], strict=False)) for c in ("probability", "ml") if row[c]}
+    classes = _classes(config, row)
+    per_class = {c: dict(zip(classes, row[c], strict=True)) for c in ("probability", "ml") if row[c]}
     facts = ("predicted", "score", "mask", "seg", "scored_at", "seconds", "device", "batch", "config_digest", "code_version")
     prediction = {"key": row["key"]} | per_class | {c: _plain(row[c]) for c in facts if row[c] is not None}
     model = {
@@ -186,6 +188,18 @@ def trace(config: Config, name: str) -> dict:
     }
     model, training = _training(config, row, model)
     return {"prediction": prediction, "volume": _volume(config, row), "model": model, "training": training}
+
+
+def _classes(config: Config, row: dict) -> Sequence[str]:
+    """Names of the classes that were predicted, by the copy of the model; numbers when the lake has none any more."""
+    if row["model_version"].startswith("ensemble-"):
+        url = dataset.pinned_model(config.lake, row["model_digest"])
+    else:
+        url = storage.join(config.lake, "models", storage.component(row["model_name"]), row["model_version"])
+    try:
+        return models.read_spec(url, row["model_digest"]).classes
+    except InputError:
+        return [f"class {n}" for n in range(len(row["probability"]))]
 
 
 def _volume(config: Config, row: dict) -> dict:
