@@ -225,9 +225,11 @@ class Preprocess(Section):
 
     @property
     def of_plate(self) -> str:
-        """Digest of what is done to a field by what its whole plate is like, before anything else; empty: nothing is."""
+        """Digest of what is done to a field by what its whole plate is like, before anything else; empty: nothing is. Where the
+        user's own functions lie does not count."""
         scale = self.intensity if self.intensity.against == "controls" else None
-        return digest(self.illumination, scale)[:16] if self.illumination or scale else ""
+        light = self.illumination and self.illumination.model_copy(update={"files": "given" if self.illumination.files else None})
+        return digest(light, scale)[:16] if light or scale else ""
 
     @model_validator(mode="after")
     def _one_grid(self):

@@ -122,7 +122,8 @@ def version(rows: Sequence[dict], config: Config) -> str:
         raise ValueError("preprocess.cascade names no digest: the first model is not pinned")
     volumes = sorted((r["uid"], r["label_uid"], r["target"], r["split"], r["subject"]) for r in rows)
     settings = (config.preprocess, config.patches, config.seed, config.classes, config.task)
-    return digest(FORMAT_VERSION, LAYOUT, [list(v) for v in volumes], *settings)[:16]
+    balanced = [sorted(groups(rows, config).items())] if config.patches.balance else []
+    return digest(FORMAT_VERSION, LAYOUT, [list(v) for v in volumes], *settings, *balanced)[:16]
 
 
 def url(lake: str, name: str, version: str) -> str:
@@ -217,7 +218,7 @@ def read_image(row: dict) -> Volume:
         return volume
     try:
         plate = correction.read(treated["file"])
-    except OSError as e:
+    except (OSError, ValueError, KeyError) as e:
         raise Refused("UNREADABLE", f"how the plate is treated cannot be read ({type(e).__name__})") from None
     return replace(volume, array=plate.apply(volume.array), of_plate=treated["of"])
 

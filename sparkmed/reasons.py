@@ -1,5 +1,8 @@
 """What the reason codes of refused files and volumes mean, in one plain sentence each."""
 
+PASSING = frozenset({"UNREADABLE", "CHANGED", "FAILED", "WORKER_LOST"})
+"""Reasons that may pass, such as a folder that is not mounted or a full disk; every other one is about the file and stays."""
+
 SENTENCES = {
     # archives
     "BAD_NAME": "The name of the file or member is not UTF-8.",

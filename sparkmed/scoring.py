@@ -17,11 +17,10 @@ from sparkmed.imaging.geometry import Grid
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import inference, metrics
 from sparkmed.learning.model import ClassProbabilities, Model, ModelSpec, Segmentation, blank
+from sparkmed.reasons import PASSING
 from sparkmed.rejection import Refused
 
 FAILED, WORKER_LOST = "FAILED", "WORKER_LOST"
-PASSING = frozenset({"UNREADABLE", "CHANGED", FAILED, WORKER_LOST})
-"""Reasons that may pass, such as a folder that is not mounted or a full disk; every other one is about the volume and stays."""
 
 
 def stays(refusal: dict, attempts: int) -> bool:

@@ -97,6 +97,8 @@ def test_groups_weigh_the_same_in_all_and_a_patch_one_on_average():
     sums = {g: sum(weights[found[uid]] for uid in counted if found[uid] == g) for g in {found[uid] for uid in counted}}
     assert len(sums) == 3 and list(sums.values()) == pytest.approx([8 / 3] * 3)
     assert weights[found["u9"]] == 0, "nothing of it is trained on"
+    other = [r | {"header": r["header"].replace("P1", "P0")} if r["uid"] == "u3" else r for r in rows]
+    assert dataset.version(rows, s) != dataset.version(other, s)
     assert [f.name for f in dataset.fields(s, 2)][-1] == "group" and dataset.version(rows, s) != dataset.version(
         rows, s.model_copy(update={"patches": s.patches.model_copy(update={"balance": ()})})
     )

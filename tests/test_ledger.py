@@ -186,7 +186,8 @@ def test_what_fails_is_tried_within_a_budget_and_taken_up_when_asked(project, ca
 
 
 def test_volumes_that_kill_their_workers_cost_no_other_and_do_not_end_the_night(spark, tmp_path):
-    """More of them in one task than Spark would try it; and one that meets a killer from outside, twice, is not to blame."""
+    """More of them in one task than Spark would try it; one that meets a killer from outside, twice, is not to blame, nor one whose
+    disk was full twice."""
 
     def run(names):
         for name in names:
@@ -194,11 +195,14 @@ def test_volumes_that_kill_their_workers_cost_no_other_and_do_not_end_the_night(
             if name.startswith("bad") or (name.startswith("unlucky") and not second.exists()):
                 (second if first.exists() else first).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            if name == "stuck" and not second.exists():
+                (second if first.exists() else first).touch()
+                raise OSError("No space left on device")
         return names
 
-    tasks = [["a", *(f"bad{n}" for n in range(5)), "c"], ["d"], ["e", "unlucky"], ["bad alone"]]
+    tasks = [["a", *(f"bad{n}" for n in range(5)), "c"], ["d"], ["e", "unlucky"], ["bad alone"], ["stuck", "f"]]
     made, lost = spark_score._all(spark, tasks, run)
-    assert sorted(n for names in made for n in names) == ["a", "c", "d", "e", "unlucky"]
+    assert sorted(n for names in made for n in names) == ["a", "c", "d", "e", "f", "stuck", "unlucky"]
     assert sorted(lost) == ["bad alone", *(f"bad{n}" for n in range(5))]
 
 

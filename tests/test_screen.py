@@ -60,6 +60,12 @@ def wells_of(settings) -> pd.DataFrame:
 
 
 @engine
+def test_a_champion_of_other_light_is_refused_before_anything_is_scored(scored):
+    with pytest.raises(InputError, match="light or scale was treated in another way than preprocess.illumination"):
+        pipeline.score(settings_of(scored, preprocess__illumination={"least_fields": 2}))
+
+
+@engine
 def test_wells_are_the_medians_of_what_was_scored(scored):
     settings = settings_of(scored)
     counts = pipeline.screen(settings)

@@ -43,16 +43,18 @@ class _Child:
 
     def _start(self):
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        self.connection, theirs = multiprocessing.Pipe()
-        command = [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno())]
-        with theirs:
-            self.process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
+        try:
+            self.connection, theirs = multiprocessing.Pipe()
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    env=os.environ | {"PYTHONPATH": path},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
+        except OSError as e:  # too little memory, too many processes or files
+            raise Unavailable(f"no decoding process can be started: {e.strerror or type(e).__name__}") from None
         try:
             self.connection.recv()
         except (EOFError, OSError):

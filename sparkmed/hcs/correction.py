@@ -41,9 +41,9 @@ class Correction:
         storage.write_json(url, {"lights": lights, "scales": scales})
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def read(url: str) -> Correction:
-    """What :meth:`Correction.write` wrote; of the plates at work it is held."""
+    """What :meth:`Correction.write` wrote; those of the last plates are held."""
     found = json.loads(storage.read_bytes(url))
     lights = [light and Light.from_row({**light, "grid": base64.b64decode(light["grid"])}) for light in found["lights"]]
     return Correction(tuple(lights), tuple(scale and ControlScale(*scale) for scale in found["scales"]))

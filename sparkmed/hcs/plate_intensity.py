@@ -77,13 +77,13 @@ class Histogram:
 
     def mean(self) -> float:
         """nan of no pixel."""
-        return float(np.dot(self.values, self.counts) / self.pixels) if self.levels.size else float("nan")
+        return float((self.values * self.counts).sum() / self.pixels) if self.levels.size else float("nan")
 
     def deviation(self) -> float:
         """Standard deviation over all pixels; nan of no pixel."""
         if not self.levels.size:
             return float("nan")
-        return float(np.sqrt(np.dot(np.square(self.values - self.mean()), self.counts) / self.pixels))
+        return float(np.sqrt((np.square(self.values - self.mean()) * self.counts).sum() / self.pixels))
 
     def compute(self, spec: Intensity) -> "ControlScale":
         """What scales the plate so that these pixels, of its controls, are scaled as ``spec`` says.

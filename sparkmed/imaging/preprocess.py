@@ -5,10 +5,11 @@ colours and intensity, by nearest neighbour; so does what the first model of a c
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from sparkmed.config import Cascade, Intensity, Preprocess
+from sparkmed.config import Cascade, Preprocess
 from sparkmed.imaging import geometry, intensity, labels, resample
 from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
@@ -62,8 +63,8 @@ def guidance(first: Volume, spec: Preprocess) -> np.ndarray:
     foreground classes (linear).
     """
     order = 0 if spec.cascade.output == "labels" else 1
-    same = {"channels": "keep", "illumination": None, "intensity": Intensity(kind="none")}  # what it says is no light
-    return place(first, spec.model_copy(update=same), order).array
+    first = replace(first, of_plate=spec.of_plate)  # what it says is no light
+    return place(first, spec.model_copy(update={"channels": "keep"}), order).array
 
 
 def as_channels(guidance: np.ndarray, cascade: Cascade) -> np.ndarray:

@@ -147,6 +147,11 @@ def require_same_classes(config: Config, registry: tracking.Registry, *versions:
 def _require_model(config: Config, url: str, name: str, digest: str = ""):
     """Load it here once: what executors would refuse is said before they start."""
     require_classes(config, models.Model.load(url, "cpu", config.imports, digest).spec, name)
+    if any(spec.preprocess.of_plate != config.preprocess.of_plate for spec in models.specs(url)):
+        raise InputError(
+            f"{name} was trained on plates whose light or scale was treated in another way than preprocess.illumination and "
+            "preprocess.intensity say: put them back, or give the new way a model of its own with tracking.model"
+        )
 
 
 def require_classes(config: Config, spec: models.ModelSpec | models.EnsembleSpec, name: str):

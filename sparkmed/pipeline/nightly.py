@@ -9,6 +9,7 @@ from sparkmed import lease, scoring, storage, tables
 from sparkmed.config import Config
 from sparkmed.pipeline import common, ledger
 from sparkmed.pipeline.watch import watch
+from sparkmed.reasons import PASSING
 from sparkmed.rejection import InputError
 from sparkmed.spark import catalog as spark_catalog
 from sparkmed.spark import score as spark_score
@@ -101,7 +102,7 @@ def _park(config: Config, champion: ledger.Pinned, refusals: list[spark_score.Re
         attempts[r["key"]] = max(attempts.get(r["key"], 0), r["attempt"] or 0)
     rows = []
     for r in refusals:
-        key, passing = champion.key(r.volume), r.reason in scoring.PASSING
+        key, passing = champion.key(r.volume), r.reason in PASSING
         if passing or (key, r.uri, r.reason) not in known:
             attempt = 0 if key in predicted else attempts.get(key, 0) + 1 if passing else None
             rows.append(spark_catalog.quarantine_row(r, common.lineage(config, config.score), key=key, attempt=attempt))

@@ -124,14 +124,11 @@ def _models(config: Config, files: dict[str, storage.File], before: datetime.dat
 
 
 def _corrections(config: Config, files: dict[str, storage.File], before: datetime.datetime) -> list[Leftover]:
-    old = [f for path, f in files.items() if path.startswith("corrections/") and _old(f, before)]
+    old = [f for path, f in files.items() if path.startswith("corrections/") and path.endswith(".json") and _old(f, before)]
     headers = tables.volumes(config.lake).read(["header"])["header"].to_pylist() if old else []
-    named = {json.loads(h or "{}").get("correction", {}).get("file") for h in headers}
-    return [
-        Leftover(f.path, f.size, "correction of no plate")
-        for f in old
-        if storage.absolute(storage.join(config.lake, f.path)) not in named
-    ]
+    files_named = (json.loads(h or "{}").get("correction", {}).get("file", "") for h in headers)
+    named = {file.rpartition("/")[2] for file in files_named}  # digests, by whatever way the lake was reached
+    return [Leftover(f.path, f.size, "correction of no plate") for f in old if f.path.rpartition("/")[2] not in named]
 
 
 def _decided(row: dict) -> datetime.datetime:

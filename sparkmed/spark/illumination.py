@@ -1,7 +1,9 @@
 """Light and scale of plates, summed over all of their fields: a task adds up fields of one plate, only sums travel."""
 
 import dataclasses
+import fnmatch
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,34 +51,51 @@ def treated(spark: SparkSession, headers: Sequence[VolumeHeader], config: Config
         plates.setdefault(_plate(header), []).append(header)
     given = _given(config, plates)
     plates, odd = _fitting(plates, given)
-    names = {plate: _name(config, plate, some, given) for plate, some in plates.items()}
-    files = {plate: storage.absolute(storage.join(config.lake, FOLDER, f"{name}.json")) for plate, name in names.items()}
-    new = [plate for plate in plates if not storage.exists(files[plate])]
+
+    def name(plate: str) -> tuple[str, str]:
+        """Digest of all that the treatment is a function of, and the file of it."""
+        found = _digest(config, plate, plates[plate], given)
+        return found, storage.absolute(storage.join(config.lake, FOLDER, f"{found}.json"))
+
+    new = [plate for plate in plates if not storage.exists(name(plate)[1])]
     found, problems, refused = _estimated(spark, [h for plate in new for h in plates[plate]], config, given)
-    for plate in new:
-        if plate not in problems:
-            found[plate].write(files[plate])
-    kept, refused, gone = [], odd + refused, {r.uri for r in refused}
+    gone = {r.uri for r in refused}
+    plates = {plate: [h for h in some if gone.isdisjoint(h.sources)] for plate, some in plates.items()}
+    kept = []
     for plate, some in plates.items():
+        if problem := problems.get(plate):
+            refused += [problem.at(uri, STAGE) for header in some for uri in header.sources]
+            continue
+        of, file = name(plate)
+        if plate in found:
+            found[plate].write(file)
         for header in some:
-            if problem := problems.get(plate):
-                refused += [problem.at(uri, STAGE) for uri in header.sources if uri not in gone]
-            elif gone.isdisjoint(header.sources):
-                facts = header.facts | {correction.FACT: {"file": files[plate], "of": spec.of_plate}}
-                kept.append(dataclasses.replace(header, uid=digest(header.uid, names[plate])[:32], header=to_json(facts)))
-    return kept, refused
+            facts = header.facts | {correction.FACT: {"file": file, "of": spec.of_plate}}
+            kept.append(dataclasses.replace(header, uid=digest(header.uid, of)[:32], header=to_json(facts)))
+    return kept, odd + refused
 
 
-def files(config: Config) -> list:
-    """The user's own functions, as a listing says which they are: another content is another size or time."""
-    spec = config.preprocess.illumination
-    if spec is None or spec.files is None:
-        return []
-    folder = storage.absolute(spec.files.partition("{")[0].rpartition("/")[0] or ".")
+def inputs(config: Config) -> list:
+    """What treatments depend on beside the catalog and the config: the lake that they lie in, and the user's own functions as a
+    listing shows them (another content is another size or time)."""
+    spec = config.preprocess
+    found = [storage.absolute(config.lake)] if spec.of_plate else []
+    if spec.illumination is None or spec.illumination.files is None:
+        return found
+    url = storage.absolute(spec.illumination.files)
+    folder = url.partition("{")[0].rpartition("/")[0]
+    pattern = url.removeprefix(f"{folder}/").replace("{plate}", "*").replace("{channel}", "*")
     try:
-        return [[f.path, f.size, f.mtime_ns] for f in sorted(storage.walk(folder), key=lambda f: f.path)]
+        listed = [f for f in storage.walk(folder) if fnmatch.fnmatchcase(f.path, pattern)]
     except FileNotFoundError:
         raise InputError(f"illumination.files: {folder} does not exist") from None
+    return found + sorted([f.path, f.size, f.mtime_ns] for f in listed)
+
+
+def there(rows: Iterable[dict]) -> bool:
+    """Whether the files that volume rows name still lie where they say."""
+    named = {json.loads(r["header"] or "{}").get(correction.FACT, {}).get("file") for r in rows} - {None}
+    return all(storage.exists(file) for file in named)
 
 
 def _plate(header: VolumeHeader) -> str:
@@ -108,8 +127,7 @@ def _fitting(
     return {plate: some for plate, some in fitting.items() if some}, odd
 
 
-def _name(config: Config, plate: str, headers: list[VolumeHeader], given: Mapping[Key, Light]) -> str:
-    """Digest of all that the treatment of a plate is a function of."""
+def _digest(config: Config, plate: str, headers: list[VolumeHeader], given: Mapping[Key, Light]) -> str:
     spec, plates = config.preprocess, config.plates
     own = [[list(light.shape), hashlib.sha256(light.grid).hexdigest()] for key, light in sorted(given.items()) if key[0] == plate]
     content = sorted((h.uid, _is_control(h)) for h in headers)

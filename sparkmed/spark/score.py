@@ -119,27 +119,28 @@ def _all(spark: SparkSession, tasks: list[list], work: Callable[[list], Any]) ->
     """What ``work`` makes of each task's items, and the items that are given up because they kill their worker.
 
     A task that has lost two workers, to one item that is too large as a rule, hands its items back, and each is tried alone; one
-    that loses two more is given up. So it costs no other item, and the job goes on, which Spark ends at the fourth of a task. What
-    ``work`` raises is not about an item: it is tried again and then raised.
+    that loses two more is given up, and the job goes on, which Spark ends at the fourth of a task. Where executors die as a whole,
+    or are taken away, an item may be given up for another's sake. What ``work`` raises twice is not about an item: alone once more,
+    and then it is raised.
     """
 
-    def job(tasks, alone):
-        def attempt(items):
-            number = TaskContext.get().attemptNumber()
-            if number > 1:
-                return [], items, None
-            try:
-                return [work(items)], [], None
-            except Exception:
-                if not (alone and number):
-                    raise
-                return [], [], traceback.format_exc()
+    def attempt(items):
+        number = TaskContext.get().attemptNumber()
+        if number > 1:
+            return [], items, None
+        try:
+            return [work(items)], [], None
+        except Exception:
+            if not number:
+                raise
+            return [], items, traceback.format_exc()
 
+    def job(tasks):
         return spark.sparkContext.parallelize(tasks, len(tasks)).map(attempt).collect() if tasks else []
 
-    first = job(tasks, alone=False)
-    second = job([[item] for _, back, _ in first for item in back], alone=True)
-    for _, _, error in second:
+    first = job(tasks)
+    second = [] if first and all(e for _, _, e in first) else job([[item] for _, back, _ in first for item in back])
+    for _, _, error in second or first:
         if error:
             raise RuntimeError(f"a task fails again and again:\n{error}")
     return [made for found, _, _ in first + second for made in found], [item for _, back, _ in second for item in back]

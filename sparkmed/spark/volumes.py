@@ -17,11 +17,14 @@ from sparkmed.formats.instance import READER, Instance, VolumeHeader
 from sparkmed.hcs import fields, filenames, indexes
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import labels, preprocess
+from sparkmed.reasons import PASSING
 from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark import catalog, illumination
 from sparkmed.spark.session import decoding
 
 STAGE = cohort.STAGE
+_OF_PLATE = "plate in "
+"""How the key of a group starts that is no series, and no URI."""
 
 
 def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict) -> dict[str, int]:
@@ -37,7 +40,7 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
         tables.catalog(config.lake).committed(catalog.STAGE),
         cohort.label_table(config),
         *([cohort.plate_digest(config), config.plates] if config.plates else []),
-        *illumination.files(config),
+        *illumination.inputs(config),
         config.volumes,
         config.identity,
         fingerprint(key),
@@ -47,12 +50,13 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     )
     before = table.rows()
     whole = table.committed(STAGE) == refusals.committed(STAGE)  # else a run was killed between its two commits
+    refused = refusals.read(["uri", "reason"], pc.field("stage") == STAGE).to_pylist()
+    whole = whole and illumination.there(before) and PASSING.isdisjoint(r["reason"] for r in refused)
     if whole and before and {r["inputs"] for r in before} == {inputs}:
         table.sweep()
-        refused = refusals.read(["uri"], pc.field("stage") == STAGE)["uri"]
         # a file that came is a source of a volume, ignored or not, or was refused
         came = catalog.current(spark, config.lake).select("uri").distinct().count()
-        return {"volumes": len(before), "changed": 0, "files": came, "refused": pc.count_distinct(refused).as_py()}
+        return {"volumes": len(before), "changed": 0, "files": came, "refused": len({r["uri"] for r in refused})}
 
     headers, rejections = _assemble(spark, config)
     files = len({u for h in headers for u in h.sources} | {r.uri for r in rejections})
@@ -101,7 +105,7 @@ def group(instance: Instance, plates: bool = False) -> str:
     """What the instances of one volume share; of segmentations, what copies of one object share; of plates, the folder. Always
     text: Spark sorts keys when it spills."""
     if plates and instance.format in ("raster", indexes.FORMAT):
-        return repr((fields.FORMAT, filenames.plate_folder(posixpath.dirname(instance.path))))
+        return _OF_PLATE + filenames.plate_folder(posixpath.dirname(instance.path))
     if instance.kind == "segmentation":
         return repr(("segmentation", instance.sop_uid or instance.sha256))
     return repr(series.series_key(instance)) if instance.format == "dicom" else instance.uri
@@ -120,7 +124,7 @@ def _assemble(spark: SparkSession, config: Config) -> tuple[list[VolumeHeader], 
 
     def assembled(pair):
         key, instances = pair
-        if plates is not None and key.startswith(repr((fields.FORMAT,))[:-2]):
+        if plates is not None and key.startswith(_OF_PLATE):
             return _fields(list(instances), plates)
         with decoding():  # copies of an instance are compared
             return *series.assemble(instances, settings), {}

@@ -129,9 +129,9 @@ class PatchDataset:
             raise DatasetError(f"dataset {self.url}: {self.rows} patches, {DESCRIPTION} says {wanted}; rows by file: {found}")
 
     @contextlib.contextmanager
-    def _open(self, path: str) -> Iterator[pads.ParquetFileFragment]:
+    def _open(self, path: str, cached: bool = True) -> Iterator[pads.ParquetFileFragment]:
         url = storage.join(self.url, path)
-        local, copied = storage.local_path(url), self._versions.get(path)
+        local, copied = storage.local_path(url), self._versions.get(path) if cached else None
         if local:
             source = pa.OSFile(str(local), memory_pool=_memory_pool())
         else:
@@ -193,11 +193,11 @@ class PatchDataset:
             raise DatasetError(f"{where}: {_line(e)}") from None
 
     def subjects(self) -> set[str]:
-        """Of all patches; none in a dataset without them. Reads nothing else."""
+        """Of all patches; none in a dataset without them. Reads nothing else, and remote files where they are."""
         column, found = self._columns.get("subject"), set()
         for path in dict.fromkeys(b.path for b in self.blocks) if column else ():
             try:
-                with self._open(path) as file:
+                with self._open(path, cached=False) as file:
                     found.update(pc.unique(file.to_table(columns=[column])[column]).to_pylist())
             except (OSError, pa.ArrowException) as e:
                 raise DatasetError(f"dataset {self.url}: {path}: {_line(e)}") from None

@@ -1,6 +1,7 @@
 """Decoding in a child process: the children here really crash."""
 
 import ctypes
+import errno
 import os
 import signal
 import time
@@ -109,6 +110,13 @@ def test_a_child_that_cannot_start_blames_no_file(isolated, monkeypatch, tmp_pat
     (header,), _ = formats.read_headers(str(dicoms.write(tmp_path, [dicoms.dataset(np.zeros((4, 5), np.uint8))])))
     monkeypatch.setattr(isolation, "_PROGRAM", "raise SystemExit(1)")
     with pytest.raises(isolation.Unavailable, match="status 1"):
+        formats.read_volume(header)
+
+    def none_left(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(isolation.subprocess, "Popen", none_left)
+    with pytest.raises(isolation.Unavailable, match="can be started: Resource temporarily"):
         formats.read_volume(header)
 
 

@@ -205,6 +205,38 @@ def test_a_plate_that_cannot_be_treated_is_refused_as_a_whole(project, changes, 
         volumes_of(project, **changes, volumes__max_refused=0.5)
 
 
+def test_a_broken_field_is_no_part_of_its_plate_and_stays_refused(project):
+    path = project / "archive" / "images" / "Channel2-07-B-03.tif"
+    path.write_bytes(path.read_bytes()[:-1500])
+    found = []
+    for splits in ({"train": 0.5, "val": 0.25, "test": 0.25}, {"train": 0.4, "val": 0.3, "test": 0.3}):
+        settings, done = volumes_of(project, **CORRECTED, volumes__splits=splits)
+        refused = [r for r in tables.quarantine(settings.lake).rows() if r["uri"].endswith(".tif")]
+        assert done["volumes"] == 15 and {r["reason"] for r in refused} == {"BROKEN_PICTURE"} and len(refused) == 2
+        found.append({w: r["uid"] for w, r in by_well(settings).items()})
+        assert len(list((project / "lake" / "corrections").iterdir())) == 1
+    assert found[0] == found[1] and "B03" not in found[0]
+    assert dataset.read_image(by_well(settings)["B02"]).of_plate == settings.preprocess.of_plate
+
+
+def test_a_correction_that_is_gone_is_estimated_again_and_another_lake_has_its_own(project, tmp_path):
+    settings, _ = volumes_of(project, **CORRECTED)
+    first = by_well(settings)
+    (file,) = (project / "lake" / "corrections").iterdir()
+    file.unlink()
+    with pytest.raises(Refused, match="how the plate is treated cannot be read"):
+        dataset.read_image(dict(first["B02"], header=first["B02"]["header"].replace("corrections", "corrections/.")))
+    assert volumes_of(project, **CORRECTED)[1]["changed"] and file.exists()
+    (project / "lake").rename(project / "moved")
+    moved = config.parse(plate_config(project / "archive", project / "moved", **{"volumes__max_refused": 1.0} | CORRECTED))
+    assert pipeline.volumes(moved)["changed"]
+    rows = by_well(moved)
+    assert rows["B02"]["uid"] == first["B02"]["uid"] and str(project / "moved") in rows["B02"]["header"]
+    (project / "link").symlink_to(project / "moved")
+    link = plate_config(project / "archive", project / "link", vacuum={"after_days": 1e-9}, **CORRECTED)
+    assert [x for x in pipeline.vacuum(config.parse(link)) if x.what.startswith("correction")] == []
+
+
 def test_functions_of_the_user_are_used_as_they_are(project):
     lights = project / "illum"
     lights.mkdir()
