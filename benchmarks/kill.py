@@ -5,8 +5,7 @@ usage: python benchmarks/kill.py [ROUNDS, 50] [SEED, 0]
 Each round is one of: the driver killed at any moment; the driver killed within 50 ms of the start of a commit; Python workers of
 the executors killed while the run goes on; two runs at once, with and without the lease, of which one may be killed. After each
 round no row may be wrong or double and none may lack its mask. A lake is kept until a run on it comes to its end: then all must be
-there, but for volumes that the quarantine names because their worker was killed time and again, which one more run must score; and
-after a vacuum nothing else. Prints one JSON object; the exit status is 1 if that does not hold.
+there, and after a vacuum nothing else. Prints one JSON object; the exit status is 1 if that does not hold.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 
-from sparkmed import config, lease, pipeline, scoring, storage, tables, tracking
+from sparkmed import config, lease, pipeline, storage, tables, tracking
 from sparkmed.formats import nifti
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import networks
@@ -99,12 +98,6 @@ def contents(settings: config.Config) -> dict[str, list]:
 
 def leftovers(settings: config.Config) -> dict[str, int]:
     return dict(Counter(x.what for x in pipeline.vacuum(settings, dry_run=True)))
-
-
-def lost(settings: config.Config, undisturbed: dict[str, list]) -> int:
-    """How many keys are not there because they were set aside for the next run, which says so in the quarantine."""
-    aside = {r["key"] for r in ledger.failures(settings) if r["reason"] == scoring.WORKER_LOST}
-    return len(aside & undisturbed.keys() - contents(settings).keys())
 
 
 def compared(settings: config.Config, undisturbed: dict[str, list], whole: bool) -> dict[str, int]:
@@ -231,7 +224,7 @@ def in_child(work, *arguments):
 
 def main(rounds: int, seed: int) -> int:
     draw, said, problems = random.Random(seed), [], Counter()
-    before, after, lakes, aside = Counter(), Counter(), 0, 0
+    before, after, lakes = Counter(), Counter(), 0
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -248,10 +241,6 @@ def main(rounds: int, seed: int) -> int:
             if number == rounds - 1 and not ended:
                 ended = Run(folder, lake).ended() == 0
             found = in_child(compared, settings, calm["rows"], ended)
-            if ended and (waiting := in_child(lost, settings, calm["rows"])):
-                found["missing"] -= waiting
-                aside += waiting
-                hits += ["set aside"] * waiting + [FAILED] * (Run(folder, lake).ended() != 0)
             if ended:
                 psutil.wait_procs(left, 120)  # executors of killed drivers, which may be writing still
                 before.update(in_child(leftovers, settings))
@@ -271,7 +260,7 @@ def main(rounds: int, seed: int) -> int:
         "minutes": round(minutes, 1),
         "rounds by kind": dict(Counter(kind for kind, *_ in said)), "killed": dict(sorted(places.items())),
         "keys missing": problems["missing"], "keys doubled": problems["doubled"], "rows wrong": problems["wrong"],
-        "masks missing": problems["masks missing"], "keys set aside for the next run": aside, "runs failed": problems["failed"],
+        "masks missing": problems["masks missing"], "runs failed": problems["failed"],
         "leftovers before vacuum": dict(before), "leftovers after vacuum": dict(after),
     }  # fmt: skip
     print(json.dumps(result, indent=2))

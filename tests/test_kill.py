@@ -88,5 +88,5 @@ def test_killed_runs_of_scoring_leave_the_ledger_that_nobody_disturbed(tmp_path)
     assert ended.returncode == 0, text
     found = json.loads(ended.stdout)
     assert found["rounds"] == 3 and len(found["rounds by kind"]) == 3 and found["killed"], text
-    assert [found[k] for k in ("keys missing", "keys doubled", "rows wrong", "masks missing", "runs failed")] == [0] * 5, text
+    assert [v for k, v in found.items() if k.startswith(("keys", "rows wrong", "masks", "runs failed"))] == [0] * 5, text
     assert found["leftovers after vacuum"] == {}
