@@ -239,7 +239,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing(tmp_path, monkeypatch)
             slow.setenv("COUNTED_BYTES", "10")
             rank = SPAWN.Process(target=remote.fetch, args=(str(tmp_path / "c"), f"counted://{tmp_path}/r/{name}", answers))
             rank.start()
-            wait_for(lambda: any(p.stat().st_size for p in parts(cache)))
+            wait_for(lambda name=name: name in remote.opened())  # it has room by then, and is read slowly
             os.kill(rank.pid, signal.SIGKILL)
             rank.join()
         assert len(parts(cache)) == 1
