@@ -8,8 +8,11 @@ help: ## what there is
 demo: environment ## a phantom archive and the whole path on it (DIR=folder)
 	.venv/bin/sparkmed demo $(if $(DIR),"$(DIR)")
 
-test: environment ## all tests (ARGS="tests/imaging -k resample" for some; SPARKMED_TEST_DATA=folder for those on real data)
+test: environment .venv/spark.jsa ## all tests (ARGS="tests/imaging -k resample" for some; SPARKMED_TEST_DATA=folder for those on real data)
 	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+.venv/spark.jsa: requirements.lock tests/class_archive.py | environment
+	.venv/bin/python tests/class_archive.py $@
 
 lint: environment ## what ruff says
 	.venv/bin/ruff check .

@@ -52,12 +52,11 @@ def settings_of(folder: pathlib.Path, lake: pathlib.Path) -> config.Config:
 
 
 PRELOADED = """
-import monai.inferers, monai.networks.nets, torch
-import sparkmed.spark.score
-from pyspark.daemon import manager
-manager()
+import runpy
+import monai.inferers, monai.networks.nets
+runpy.run_module("sparkmed.spark.daemon", run_name="__main__")
 """
-"""Spark's daemon of Python workers, which has what they need: workers are forked within milliseconds."""
+"""Our daemon of Python workers, with MONAI too, which workers would else import when they load the model."""
 
 
 def prepare(folder: pathlib.Path) -> dict:

@@ -63,7 +63,6 @@ def standalone(folder: pathlib.Path, workers=2, cores=1, memory="2g", patience=9
 
     ``folder`` exists and is empty; ``cores`` and ``memory`` are what one worker offers. Raises TimeoutError after ``patience`` s.
     """
-    (folder / "conf").mkdir()
     with contextlib.ExitStack() as stack:
 
         def start(name: str, *arguments: str) -> pathlib.Path:
@@ -94,7 +93,6 @@ def _environment(folder: pathlib.Path) -> dict[str, str]:
     others = ("SPARK_", "PYSPARK_", "HADOOP_", "YARN_")
     return {k: v for k, v in os.environ.items() if not k.startswith(others)} | {
         "SPARK_HOME": str(SPARK_HOME),
-        "SPARK_CONF_DIR": str(folder / "conf"),
         "SPARK_LOCAL_DIRS": str(folder / "local"),
         "SPARK_LOCAL_IP": "127.0.0.1",
         "SPARK_DAEMON_MEMORY": "512m",

@@ -1,13 +1,14 @@
 import os
 import pathlib
+import sys
 
+import class_archive
 import hypothesis
 import pytest
 
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))  # ci: the same examples each time
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# a JVM that lives for a minute spends half its time on compiling itself
-os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+os.environ.setdefault("JDK_JAVA_OPTIONS", class_archive.options(pathlib.Path(sys.prefix) / "spark.jsa"))
 
 
 def pytest_collection_modifyitems(items):

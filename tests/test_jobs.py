@@ -11,6 +11,7 @@ from sparkmed import tables
 
 pytestmark = pytest.mark.engine
 JOBS = pathlib.Path(__file__).parents[1] / "jobs"
+DAEMON = {"spark.python.daemon.module": "sparkmed.spark.daemon"}  # as in conf/spark/standalone.conf
 STAGES = ("catalog", "volumes", "patches", "train", "promote", "score", "report")
 
 
@@ -32,7 +33,7 @@ def test_the_whole_path_by_spark_submit(spark_cluster, project):
     eager = {"spark.speculation": "true", "spark.speculation.multiplier": "1", "spark.speculation.quantile": "0.1"}
     eager |= {"spark.speculation.interval": "20ms", "spark.speculation.minTaskRuntime": "1ms"}
     for stage in STAGES:  # tasks of scoring run twice
-        conf = eager if stage == "score" else None
+        conf = DAEMON | (eager if stage == "score" else {})
         ended = spark_cluster.submit(JOBS / f"{stage}.py", project / "project.yaml", "seed=0", conf=conf, timeout=400)
         assert ended.returncode == 0, f"{stage}:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
         said[stage] = ended.stdout

@@ -17,6 +17,7 @@ from sparkmed.rejection import InputError
 
 LOCAL = {
     "spark.driver.host": "127.0.0.1",
+    "spark.python.daemon.module": "sparkmed.spark.daemon",
     "spark.sql.shuffle.partitions": "8",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
