@@ -4,7 +4,8 @@ For ``spark.python.daemon.module``. A worker is there within milliseconds, also 
 the memory of what is imported; and two things that PySpark does after or before each task no longer take longer than a small task:
 the garbage collection does not walk through what is imported, and the list of files in pyspark.zip is not read again.
 
-It is imported on every node before the job sends anything, so sparkmed has to be installed there (``--py-files`` come too late).
+It is imported on every node before the job sends anything, so sparkmed has to be installed there (``--py-files`` come too late, and
+a sparkmed among them is not the one that is used).
 """
 
 import gc

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 # replaced by one that does what the frame says.
 DEADLY = """
 import sys
-if "pyspark.daemon" in sys.orig_argv or any("isolation._serve" in a for a in sys.orig_argv):
+if "sparkmed.spark.daemon" in sys.orig_argv or any("isolation._serve" in a for a in sys.orig_argv):
     import ctypes, os, pathlib, signal
     from pydicom.pixels import get_decoder
     from sparkmed.formats import isolation

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 # Imported by every Python process that finds it: of the workers, the first to come to the middle of either step is killed there.
 DEADLY = """
 import os, pathlib, signal, sys
-if "pyspark.daemon" in sys.orig_argv and "DEADLY" in os.environ:
+if "sparkmed.spark.daemon" in sys.orig_argv and "DEADLY" in os.environ:
     from sparkmed import storage
     from sparkmed.imaging import patches
     def deadly(owner, name, calls):
