@@ -37,7 +37,7 @@ SENTENCES = {
     "CHANNELS": "The image has another number of channels than the model takes.",
     "DECODER_CRASH": "The decoder of the pixels crashed, or did not come to an end; the rest of the job went on.",
     "DEEP_NESTING": "The DICOM sequences are nested deeper than any real object's.",
-    "MULTI_PAGE": "A picture of several pages is not read yet.",
+    "MULTI_PAGE": "A picture of several pages is not read; of plates the pages of OME-TIFF are.",
     "MOSAIC": "A Siemens mosaic does not say how its slices are laid out.",
     "NIFTI_PAIR": "A NIfTI of two files (hdr and img) is not read.",
     "NON_FINITE": "The header holds numbers that are infinite or not numbers.",

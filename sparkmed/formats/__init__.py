@@ -14,7 +14,7 @@ from collections import defaultdict
 import numpy as np
 
 from sparkmed import config
-from sparkmed.formats import archive, dicom, dicom_seg, isolation, nifti, raster, rtstruct, segmentation, series
+from sparkmed.formats import archive, dicom, dicom_seg, isolation, nifti, ome, raster, rtstruct, segmentation, series
 from sparkmed.formats.archive import Member, members
 from sparkmed.formats.instance import MAX_VOLUME_BYTES, Instance, VolumeHeader, to_json
 from sparkmed.formats.series import assemble
@@ -74,7 +74,11 @@ def _read_header(stream, size: int, otherwise: dict | None) -> dict:
         return fields
     picture = raster.recognise(start)
     if picture:
-        return raster.read_header(stream, size, picture)
+        fields = raster.read_header(stream, size, picture)
+        stream.seek(0)
+        if picture == "tiff" and (said := ome.facts(stream)):
+            fields["header"] = to_json(json.loads(fields["header"]) | {"ome": said})
+        return fields
     head = nifti.head(start)
     if nifti.recognise(head):
         return nifti.read_header(head, size, start[:2] == nifti.GZIP_MAGIC)

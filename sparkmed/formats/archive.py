@@ -1,12 +1,16 @@
-"""Archives: the files inside zip and tar, read where they are.
+"""Archives: the files inside zip and tar, and the pages of OME-TIFF, read where they are.
 
 A file is its own only member. A member has a virtual path (``folder/a.zip/member.dcm``) and a URI
-(``zip://member.dcm::file:///archive/folder/a.zip``, fsspec's spelling) that :func:`open_uri` reads again. Nothing is
-ever unpacked to disk. Limits hold for the bytes that really come out of an archive, not for what its headers claim.
+(``zip://member.dcm::file:///archive/folder/a.zip``, fsspec's spelling) that :func:`open_uri` reads again. A page of an OME-TIFF
+of several (see :mod:`ome`) is a member too, under the path of its file, which may be in a zip or tar itself:
+``tiff://4::file:///archive/plate/A01.ome.tif``, counted from 0. Nothing is ever unpacked to disk. Limits hold for the bytes that
+really come out of an archive, not for what its headers claim.
 """
 
 import contextlib
+import dataclasses
 import io
+import itertools
 import re
 import stat
 import tarfile
@@ -14,8 +18,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from sparkmed import config, storage
+from sparkmed.formats import ome
 from sparkmed.imaging import paths
 from sparkmed.rejection import Refused, Rejection
 
@@ -31,6 +37,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz
 OTHER_ARCHIVES = (".7z", ".rar", ".tar.zst", ".tar.lz4", ".tar.z")
 
 _INNER = re.compile(r"^(zip|tar)://(.*)::([A-Za-z0-9+.-]+://.*)$", re.DOTALL)
+_PAGE = re.compile(r"^tiff://([0-9]+)::(.*)$", re.DOTALL)
 _STRAY_MESSAGES = {
     "LINK": "a link that leads out of the archive, or nowhere",
     "SPECIAL_FILE": "neither a file nor a folder",
@@ -93,7 +100,7 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
     A name that is not UTF-8 is refused under the spelling of :func:`storage.spelt`.
     Reasons: ``BAD_NAME``, ``BROKEN_ARCHIVE``, ``EMPTY_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``,
     ``SPECIAL_FILE``, ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``, ``UNSUPPORTED_COMPRESSION``, ``UNSUPPORTED_ARCHIVE``,
-    ``UNREADABLE``.
+    ``UNREADABLE``, and of an OME-TIFF what :class:`ome.Pages` raises.
     """
     limits = limits or config.Catalog()
     if storage.spelt(file.uri) != file.uri:
@@ -104,7 +111,7 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
         return
     sort = kind(file.path)
     if sort == "":
-        yield Member(file.uri, file.path, file.uri, file.size, file.mtime_ns, file.size)
+        yield from _with_pages(Member(file.uri, file.path, file.uri, file.size, file.mtime_ns, file.size))
         return
     if sort == "other":
         yield Rejection(file.uri, STAGE, "UNSUPPORTED_ARCHIVE", "only zip and tar (plain, gz, bz2, xz) archives are read")
@@ -113,12 +120,51 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
     try:
         for member in (_zip_members if sort == "zip" else _tar_members)(file, limits):
             empty = False
-            yield member
+            yield from _with_pages(member)
     except Refused as e:
         yield e.at(file.uri, STAGE)
     else:
         if empty:
             yield Rejection(file.uri, STAGE, "EMPTY_ARCHIVE", "the archive has no member")
+
+
+def _with_pages(member: Member | Rejection) -> Iterator[Member | Rejection]:
+    """The pages of an OME-TIFF of several; anything else as it is."""
+    if isinstance(member, Rejection) or not member.path.lower().endswith(ome.SUFFIXES):
+        yield member
+        return
+    try:
+        if member.uri != member.container:
+            data = member.read()
+            member = dataclasses.replace(member, source=lambda: data)  # what is compressed is read once
+        with _paged(member.uri, None if member.uri == member.container else data) as (stream, pages):
+            for number in pages.numbers:
+
+                def read(number=number, uri=f"tiff://{number}::{member.uri}") -> bytes:
+                    return open_uri(uri) if stream.closed else pages.page(number)
+
+                yield dataclasses.replace(member, uri=f"tiff://{number}::{member.uri}", source=read)
+            for number in pages.homeless:
+                message = f"the OME-XML of the file does not say what page {number + 1} of it shows"
+                yield Rejection(f"tiff://{number}::{member.uri}", STAGE, "MULTI_PAGE", message)
+            if not pages.numbers:
+                yield member
+    except Refused as e:
+        yield e.at(member.uri, STAGE)
+
+
+@contextlib.contextmanager
+def _paged(uri: str, data: bytes | None) -> Iterator[tuple[BinaryIO, ome.Pages]]:
+    """A file that may be an OME-TIFF, open: from its bytes, or read where it lies."""
+    try:
+        with io.BytesIO(data) if data is not None else storage.open(uri) as stream:
+            yield stream, ome.Pages(stream)
+    except (OSError, ValueError) as e:
+        raise Refused("UNREADABLE", f"the file cannot be read: {type(e).__name__}") from None
+    except Refused as e:
+        if isinstance(e.__context__, OSError):  # of the storage: what is read of a TIFF raises no such thing
+            raise Refused("UNREADABLE", f"the file cannot be read: {type(e.__context__).__name__}") from None
+        raise
 
 
 def open_uri(uri: str, limits: config.Catalog | None = None) -> bytes:
@@ -135,14 +181,23 @@ def read_many(uris: Iterable[str], limits: config.Catalog | None = None) -> Iter
     """
     limits = limits or config.Catalog()
     inside: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    paged: dict[str, list[tuple[int, int]]] = {}
     for position, uri in enumerate(uris):
-        match = _INNER.match(uri)
-        if match:
+        match, page = _INNER.match(uri), _PAGE.match(uri)
+        if page:
+            paged.setdefault(page[2], []).append((position, int(page[1])))
+        elif match:
             inside.setdefault((match[1], match[3]), []).append((position, match[2]))
         else:
             yield position, _read_file(uri)
     for (sort, container), wanted in inside.items():
         yield from (_read_zip if sort == "zip" else _read_tar)(container, wanted, limits)
+    packed = [uri for uri in paged if _INNER.match(uri)]
+    unpacked = ((packed[n], data) for n, data in read_many(packed, limits)) if packed else ()
+    for uri, data in itertools.chain(((uri, None) for uri in paged if uri not in packed), unpacked):
+        with _paged(uri, data) as (_, pages):
+            for position, number in paged[uri]:
+                yield position, pages.page(number)
 
 
 def _read_file(uri: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparkmed.rejection import Refused
 
-READER = 2
+READER = 3
 """Number of the way in which headers are read and put together to volumes; a lake that was made in another is made anew."""
 MAX_VOLUME_BYTES = 16 << 30
 """Decoded voxels of one image above this size in bytes are refused."""

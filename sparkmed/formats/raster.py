@@ -36,7 +36,7 @@ def recognise(head: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """No warning or log line of the picture libraries; whatever they raise is a :class:`Refused`."""
     logger = logging.getLogger("tifffile")
     level = logger.level
@@ -80,7 +80,8 @@ def _shape(image: Image.Image) -> tuple[int, int, int, int]:
 def _tiff_page(stream) -> tifffile.TiffPage:
     tiff = tifffile.TiffFile(stream)
     if len(tiff.pages) != 1:
-        raise Refused("MULTI_PAGE", f"{len(tiff.pages)} pages; one picture per file is read")
+        named = "; OME-TIFF is known by a name that ends with .ome.tif and by XML that places its pages" if tiff.is_ome else ""
+        raise Refused("MULTI_PAGE", f"{len(tiff.pages)} pages; one picture per file is read{named}")
     page = tiff.pages[0]
     if page.dtype is None or page.dtype.kind not in "iufb":
         raise Refused("BAD_TYPE", f"TIFF samples of type {page.dtype}")
@@ -111,7 +112,7 @@ def _tiff_shape(page: tifffile.TiffPage) -> tuple[int, int, int, int]:
 
 def read_header(stream, size: int, kind: str) -> dict:
     """The fields of an :class:`Instance` that a picture determines; raises :class:`Refused`."""
-    with _quiet():
+    with quiet():
         if kind == "tiff":
             page = _tiff_page(stream)
             shape, mode = _tiff_shape(page), f"{page.photometric.name} {page.dtype.name}"
@@ -140,7 +141,7 @@ def read_array(data: bytes) -> np.ndarray:
     Transparency that is the same everywhere is dropped, otherwise ``ALPHA``; raises :class:`Refused`.
     """
     kind = recognise(data[:16])
-    with _quiet():
+    with quiet():
         array = _tiff(data) if kind == "tiff" else _picture(data)
     array = np.ascontiguousarray(array.transpose(2, 1, 0)[..., None])
     if array.dtype.kind == "f" and not np.isfinite(array).all():

@@ -63,7 +63,8 @@ def assemble(instances: Iterable[Instance], settings: Volumes | None = None) -> 
     Reasons: ``NOT_AN_IMAGE``, ``DUPLICATE_INSTANCE``, ``CONFLICTING_INSTANCE``, ``LOCALIZER``, ``SUV_UNKNOWN``, ``MOSAIC``,
     ``MODALITY_LUT``, ``NO_DECODER``, ``MISSING_POSITION``, ``MISSING_SPACING``, ``MIXED_TIMES``, ``MIXED_RESCALE``,
     ``INTERLEAVED``, ``BAD_GEOMETRY``, ``FRAME_OF_REFERENCE``, ``MIXED_PATIENT``, ``MIXED_ORIENTATION``, ``MIXED_SPACING``,
-    ``MIXED_SHAPE``, ``GANTRY_TILT``, ``MISSING_SLICE``, ``IRREGULAR_SPACING``, ``DUPLICATE_POSITION``, ``TOO_LARGE``.
+    ``MIXED_SHAPE``, ``GANTRY_TILT``, ``MISSING_SLICE``, ``IRREGULAR_SPACING``, ``DUPLICATE_POSITION``, ``TOO_LARGE``,
+    ``MULTI_PAGE``.
     """
     volumes: list[VolumeHeader] = []
     rejections: list[Rejection] = []
@@ -76,6 +77,9 @@ def assemble(instances: Iterable[Instance], settings: Volumes | None = None) -> 
             rejections.append(_not_an_image(instance))
         elif instance.format == "dicom":
             series[series_key(instance)].append(instance)
+        elif instance.facts.get("ome", {}).get("pages", 1) > 1:
+            message = "a page of an OME-TIFF of several: such are read as fields of plates (plates in the config)"
+            rejections.append(Rejection(instance.uri, STAGE, "MULTI_PAGE", message))
         else:
             volumes.append(volume_header([instance], instance.shape, instance.affine, instance.facts))
     settings = settings or Volumes()

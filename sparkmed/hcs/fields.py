@@ -21,6 +21,8 @@ from sparkmed.rejection import Refused, Rejection
 
 STAGE = "volumes"
 FORMAT = "plate"
+OME = "ome"
+"""Convention of images that say themselves where they are."""
 NAMELESS = "plate"
 """A plate whose name neither files nor an index give."""
 MODALITY = "HCS"
@@ -63,7 +65,8 @@ def assemble(instances: Iterable[Instance], settings: Plates, index: Index | Non
     modality ``HCS``; sources are in the order of ``settings.channels``; shape ``(C, I, J, 1)``; the affine is that of a picture
     with the index' pixel size in mm (1 where it is not known; the stage's position stays a fact). Facts: ``source`` (convention),
     ``batch``, ``plate``, ``well``, ``row``, ``column``, ``site``, ``z``, ``t``, ``channels`` (names), ``pixel_size_um``,
-    ``stage_um``, ``projection``; one that nobody knows is absent. The uid is of the pixels and of the place on the plate: blank
+    ``stage_um``, ``projection``; one that nobody knows is absent. What OME-TIFF says of itself
+    (:mod:`sparkmed.formats.ome`) counts before an index of others. The uid is of the pixels and of the place on the plate: blank
     wells look alike.
 
     Reasons: ``UNKNOWN_NAME``, ``BAD_NAME``, ``BAD_WELL``, ``NOT_IN_INDEX``, ``INDEX_MISMATCH``, ``DUPLICATE_IMAGE`` (the same bytes
@@ -121,7 +124,16 @@ class _Found:
         self.rejections += [Rejection(i.instance.uri, STAGE, reason, f"{_place(i.plane)}: {message}") for i in images]
 
     def image(self, instance: Instance, listed: Listed | None) -> _Image | None:
-        """The image or projection that a file is by its name and the index."""
+        """The image or projection that a file is by its name and the index, or a page by its name and what it says of itself.
+
+        A file of one page that an index lists, or whose XML names no well, goes by index and name; its XML is asked for lengths.
+        """
+        said, of_one = _said(instance), instance.facts.get("ome", {}).get("pages", 1) == 1
+        lengths = None
+        if said and of_one and (listed or said.plane.well is None):
+            lengths = said
+        elif said:
+            listed = said
         try:
             plane = self._plane(instance, listed)
         except Refused as e:
@@ -130,6 +142,13 @@ class _Found:
         if plane.kind not in ("image", "projection"):
             self.others[instance.uri] = plane.kind or "unlisted"
             return None
+        if lengths is not None:
+            known = listed or Listed(plane)
+            listed = dataclasses.replace(
+                known,
+                pixel_size_um=known.pixel_size_um or lengths.pixel_size_um,
+                stage_um=known.stage_um or lengths.stage_um,
+            )
         return _Image(instance, plane, listed)
 
     def _plane(self, instance: Instance, listed: Listed | None) -> Plane:
@@ -142,7 +161,9 @@ class _Found:
             if listed is None:
                 raise
             plane = filenames.UNKNOWN
-        if listed is not None:
+        if listed is not None and listed.plane.convention == OME:
+            plane = _of_ome(plane, listed.plane, instance.path)
+        elif listed is not None:
             plane = _checked(plane, listed.plane)
         elif index is not None and index.convention == "csv" and plane.kind in (None, "image", "projection"):
             return Plane()
@@ -312,6 +333,32 @@ def _listed(instances: list[Instance], index: Index | None) -> dict[str, Listed]
         if ranked and (len(ranked) == 1 or ranked[0][0] > ranked[1][0]):
             near[i.uri] = by_name[name][ranked[0][1]][1]
     return near
+
+
+def _said(instance: Instance) -> Listed | None:
+    """What an image says of itself: a page of OME-TIFF."""
+    said = instance.facts.get("ome")
+    if not said:
+        return None
+    well = (wells.name(said["row"], said["column"]), said["row"], said["column"]) if "row" in said else (None, None, None)
+    channel = str(said["c"]) if "c" in said else None
+    plane = Plane("image", OME, said.get("plate"), *well, said.get("sample"), said.get("z"), said.get("t"), channel)
+    size, stage = (tuple(said[k]) if k in said else None for k in ("pixel_size_um", "stage_um"))
+    return Listed(plane, said.get("channel"), size, stage)
+
+
+def _of_ome(named: Plane, said: Plane, path: str) -> Plane:
+    """A page by the name of its file and by its OME-XML, which knows no vendor's numbers of sites: those of a name count."""
+    if named.kind not in (None, "image", "projection"):
+        return named
+    if named.site is not None:
+        said = dataclasses.replace(said, site=None)
+    if named.kind == "projection":
+        said = dataclasses.replace(said, kind="projection", z=None)
+    plane = _checked(named, said)
+    if plane.well is None:
+        raise Refused("UNKNOWN_NAME", "neither the name of the file nor its OME-XML says of which well it is")
+    return plane if plane.plate is not None else dataclasses.replace(plane, plate=filenames.folder_plate(posixpath.dirname(path)))
 
 
 def _common_tail(a: list[str], b: list[str]) -> int:

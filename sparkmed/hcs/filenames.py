@@ -54,7 +54,7 @@ class Plane:
 
 UNKNOWN = Plane()
 _UUID = r"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}"
-_IMAGE = r"\.(?:tiff?|png|jpe?g)"
+_IMAGE = r"(?:\.ome)?\.(?:tiff?|png|jpe?g)"
 _N = "[0-9]{1,9}"
 _WELL = r"([a-z]{1,2}[0-9]{2})"
 
@@ -131,7 +131,12 @@ def plate_folder(folder: str) -> str:
 
 
 @functools.lru_cache(4096)
-def _folder_plate(folder: str) -> str | None:
+def folder_plate(folder: str) -> str | None:
+    """The name of a plate, given the folder of one of its images; None for the archive's own folder.
+
+    >>> folder_plate("BR00116991__2020-11-05T19_51_35-Measurement1/Images"), folder_plate("")
+    ('BR00116991', None)
+    """
     last = _ARCHIVE.sub("", plate_folder(folder).rpartition("/")[2])
     found = _MEASUREMENT.fullmatch(last)
     return (found[1] if found else last) or None
@@ -157,17 +162,15 @@ def _opera(folder: str, name: str) -> Plane:
         return UNKNOWN
     row, column, field, plane, channel, slow, time = found.groups()
     place = _well(f"r{row}c{column}")
-    return Plane(
-        "image", "opera", _folder_plate(folder), *place, int(field), int(plane), _number(slow or time), channel_id(channel)
-    )
+    return Plane("image", "opera", folder_plate(folder), *place, int(field), int(plane), _number(slow or time), channel_id(channel))
 
 
 def _cellvoyager(folder: str, name: str) -> Plane:
     found = _CELLVOYAGER.fullmatch(name)
     if not found:
-        return Plane("correction", "cellvoyager", _folder_plate(folder)) if _CORRECTION.fullmatch(name) else UNKNOWN
+        return Plane("correction", "cellvoyager", folder_plate(folder)) if _CORRECTION.fullmatch(name) else UNKNOWN
     plate, well, t, field, z, channel = found.groups()
-    plate = plate or _folder_plate(folder)
+    plate = plate or folder_plate(folder)
     return Plane("image", "cellvoyager", plate, *_well(well), _number(field), _number(z), _number(t), channel_id(channel))
 
 
@@ -184,7 +187,7 @@ def _incell(folder: str, name: str) -> Plane:
     if not found:
         return UNKNOWN
     plate, row, column, field, wave, z, time, thumbnail = found.groups()
-    kind, plate = "thumbnail" if thumbnail else "image", plate or _folder_plate(folder)
+    kind, plate = "thumbnail" if thumbnail else "image", plate or folder_plate(folder)
     return Plane(kind, "incell", plate, *_well(row + column), int(field), _number(z), _number(time), channel_id(wave))
 
 
@@ -193,7 +196,7 @@ def _sbs(folder: str, name: str) -> Plane:
     if not found:
         return UNKNOWN
     channel, row, column = found.groups()
-    return Plane("image", "sbs", _folder_plate(folder), *_well(row + column), channel=channel_id(channel))
+    return Plane("image", "sbs", folder_plate(folder), *_well(row + column), channel=channel_id(channel))
 
 
 _READERS: dict[str, tuple[Callable[[str], bool], Callable[[str, str], Plane]]] = {
@@ -244,7 +247,7 @@ def parse(path: str, convention: str | None = None, pattern: str | None = None) 
             if plane is not UNKNOWN:
                 return plane
     vendor = index_convention(name)
-    return Plane("index", vendor, _folder_plate(folder)) if vendor else UNKNOWN
+    return Plane("index", vendor, folder_plate(folder)) if vendor else UNKNOWN
 
 
 _compiled_pattern = functools.lru_cache(64)(plane_pattern)
@@ -254,7 +257,7 @@ def _by_pattern(path: str, folder: str, name: str, pattern: str) -> Plane:
     found = _compiled_pattern(pattern).fullmatch(path if "/" in pattern else name)
     if not found:
         vendor = index_convention(name)
-        return Plane("index", vendor, _folder_plate(folder)) if vendor else UNKNOWN
+        return Plane("index", vendor, folder_plate(folder)) if vendor else UNKNOWN
     said = {k: v.strip() for k, v in found.groupdict().items() if v and v.strip()}
     try:
         numbers = [int(said[k]) if k in said else None for k in ("site", "z", "t")]
@@ -263,5 +266,5 @@ def _by_pattern(path: str, folder: str, name: str, pattern: str) -> Plane:
         raise Refused("BAD_WELL", f"the pattern finds no {e.args[0]} in the name") from None
     except ValueError:
         raise Refused("BAD_NAME", "the pattern finds a site, z, t or column that is no whole number") from None
-    plate = said.get("plate") or _folder_plate(folder)
+    plate = said.get("plate") or folder_plate(folder)
     return Plane("image", "pattern", plate, *place, *numbers, channel_id(said.get("channel")), said.get("batch"))

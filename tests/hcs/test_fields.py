@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import hashlib
 import io
 import random
@@ -8,10 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkmed import config, reasons
-from sparkmed.formats.instance import Instance
+from sparkmed import config, formats, reasons, storage
+from sparkmed.formats import archive
+from sparkmed.formats.instance import Instance, to_json
 from sparkmed.formats.raster import AFFINE
 from sparkmed.hcs import fields, indexes
+from sparkmed.hcs.filenames import Plane
+from sparkmed.rejection import Refused
+from tests.formats import test_ome
 from tests.hcs import vendors
 
 UUID = "0A1B2C3D-4E5F-6071-8293-A4B5C6D7E8F9"
@@ -412,3 +417,89 @@ def test_real_plate(shared_data):
     assert {h.shape for h in done.headers} == {(2, 640, 640, 1)}
     assert all(names(h)[0].startswith("Channel2-") and names(h)[1].startswith("Channel1-") for h in done.headers)
     assert [h.facts["well"] for h in done.headers] == [f"{r}{c:02d}" for r in "ABCD" for c in range(1, 13)]
+
+
+# OME-TIFF
+
+
+def page(path, number, **said):
+    ome = {"plate": "P7", "row": 2, "column": 3, "sample": 1, "c": 1, "pages": 4} | said
+    header = to_json({"ome": {k: v for k, v in ome.items() if v is not None}})
+    one = picture(path, content=f"{path} {number}", header=header)
+    return dataclasses.replace(one, uri=f"tiff://{number}::{one.uri}")
+
+
+def test_pages_of_one_file_are_the_channels_of_its_fields():
+    pages = [page("x/f.ome.tif", n, c=1 + n % 2, sample=1 + n // 2, pixel_size_um=[0.5, 0.5]) for n in range(4)]
+    done = assemble(pages)
+    assert [h.sources for h in done.headers] == [tuple(p.uri for p in pages[n : n + 2]) for n in (0, 2)]
+    facts = done.headers[1].facts
+    assert {k: facts[k] for k in ("source", "plate", "well", "site")} == {"source": "ome", "plate": "P7", "well": "B03", "site": 2}
+    assert facts["pixel_size_um"] == [0.5, 0.5] and len({h.uid for h in done.headers}) == 2
+
+
+def test_channels_of_pages_by_their_names():
+    pages = [page("f.ome.tif", n, c=1 + n, channel=name) for n, name in enumerate(["Hoechst", "Alexa 488"])]
+    done = assemble(pages, settings((("GFP", "Alexa 488"), ("DNA", "Hoechst"))))
+    assert [h.sources for h in done.headers] == [(pages[1].uri, pages[0].uri)]
+
+
+def test_a_name_and_xml_that_contradict_each_other():
+    pages = [page("P1_C03_s4.ome.tif", n, c=n + 1, plate=None) for n in range(2)]
+    assert {r.reason for r in assemble(pages).rejections} == {"INDEX_MISMATCH"}
+    pages = [page("P1_B03_s4.ome.tif", n, c=n + 1, plate=None) for n in range(2)]
+    (header,) = assemble(pages).headers
+    assert (header.facts["plate"], header.facts["site"]) == ("P1", 4)  # vendors number sites, OME does not
+
+
+def test_a_name_says_the_well_that_xml_does_not():
+    nowhere = {"plate": None, "row": None, "column": None, "sample": None}
+    pages = [page("screen/P9/P9_B03_s4.ome.tif", n, c=n + 1, **nowhere) for n in range(2)]
+    pages += [page("screen/P9/field 7.ome.tif", n, c=n + 1, **nowhere) for n in range(2)]
+    done = assemble(pages)
+    assert [h.facts["well"] for h in done.headers] == ["B03"]
+    assert {r.reason for r in done.rejections} == {"UNKNOWN_NAME"} and len(done.rejections) == 2
+
+
+def test_a_plate_without_a_name_has_that_of_its_folder():
+    (header,) = assemble([page("screen/P9/f.ome.tif", n, c=n + 1, plate=None) for n in range(2)]).headers
+    assert header.facts["plate"] == "P9"
+
+
+def test_xml_of_one_page_adds_to_an_index_and_a_name_and_replaces_neither():
+    one = {"pages": None, "plate": None, "row": None, "column": None, "sample": None, "c": None}
+    ome = {"pixel_size_um": [0.5, 0.5]}
+    places = {str(n): Plane("image", "csv", "P1", "A01", 1, 1, 1, channel=str(n)) for n in (1, 2)}
+    listed = {f"img{n}.tif": indexes.Listed(place) for n, place in places.items()}
+    index = indexes.Index("csv", listed, path="load_data.csv", uri="file:/archive/load_data.csv")
+    done = assemble([page(f"img{n}.tif", 0, **one, **ome) for n in (1, 2, 3)], index=index)
+    (header,) = done.headers
+    assert header.facts["pixel_size_um"] == [0.5, 0.5] and header.facts["well"] == "A01"
+    assert not done.rejections and list(done.others.values()) == ["unlisted"]
+
+
+def test_a_projection_stays_one_whatever_its_xml_says():
+    one = {"pages": None, "plate": None, "row": None, "column": None, "sample": None, "c": None}
+    files = [page(f"P1/ZStep_{z}/P1_A01_s1_w{w}.tif", 0, **one) for z in (0, 1) for w in (1, 2)]
+    done = assemble(files)
+    assert len(done.headers) == 1 and list(done.others.values()) == ["projection"] * 2
+    files = [page(f"P1/ZStep_{z}/P1_B03_s1_w{w}.tif", w, c=w, plate=None) for z in (0, 1) for w in (1, 2)]
+    assert list(assemble(files).others.values()) == ["projection"] * 2
+
+
+@pytest.mark.parametrize("layout", range(len(test_ome.LAYOUTS)))
+def test_fields_of_ome_tiff_have_the_values_that_were_written(tmp_path, layout):
+    blocks = '<TiffData IFD="{0}" FirstC="0"/><TiffData IFD="{1}" FirstC="1"/>'
+    images = [test_ome.image(f"I{n}", c=2, blocks=blocks.format(n, n + 2)) for n in range(2)]
+    text = test_ome.xml(*images, plate=test_ome.plate((0, 0, ["I0"]), (1, 5, ["I1"])))
+    data, array = test_ome.tiff(text, 4, **test_ome.LAYOUTS[layout])
+    (tmp_path / "plate.ome.tif").write_bytes(data)
+    instances = [formats.read_instance(m) for file in storage.walk(str(tmp_path)) for m in archive.members(file)]
+    done = assemble(instances, settings((("GFP", "GFP"), ("DNA", "DNA"))))
+    assert [(h.facts["plate"], h.facts["well"]) for h in done.headers] == [("P7", "A01"), ("P7", "B06")]
+    for n, header in enumerate(done.headers):
+        found = formats.read_volume(header).array
+        assert np.array_equal(found[..., 0].transpose(0, 2, 1), array[[n + 2, n]])
+    (tmp_path / "plate.ome.tif").write_bytes(test_ome.tiff(text, 4, seed=1)[0])
+    with pytest.raises(Refused, match="not the file that was catalogued"):
+        formats.read_volume(done.headers[0])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 from archives import plate, plate_config
+from formats import test_ome
 
 from sparkmed import config, formats, storage, tables
 from sparkmed.formats.instance import VolumeHeader
@@ -51,6 +52,28 @@ def test_a_field_per_well_with_the_channels_in_the_order_of_the_config(spark, tm
     _, others = build(spark, turned)
     assert np.array_equal(formats.read_volume(VolumeHeader.from_row(others["B03"])).array, image[::-1])
     assert others["B03"]["uid"] != rows["B03"]["uid"]
+
+
+def test_a_plate_of_ome_tiff_is_the_plate_of_its_pages(spark, tmp_path, archive):
+    settings = settings_of(tmp_path)
+    _, plain = build(spark, settings)
+    arrays = {well: formats.read_volume(VolumeHeader.from_row(row)).array for well, row in plain.items()}
+    folder = archive / "images"
+    wells = sorted({f.name.partition("-")[2][3:7] for f in folder.glob("Channel1-*")})
+    for n, well in enumerate(wells):  # one file per field, both channels in it
+        files = sorted(folder.glob(f"Channel*-{well}.tif"))
+        place = test_ome.plate((ord(well[0]) - 65, int(well[2:]) - 1, ["Image:0"]), name="P1")
+        text = test_ome.xml(test_ome.image(c=2), plate=place)
+        with tifffile.TiffWriter(folder / f"field {n}.ome.tif") as writer:
+            for c, file in enumerate(files):
+                said = text if c == 0 else ""
+                writer.write(tifffile.imread(file), photometric="minisblack", metadata=None, description=said.encode())
+                file.unlink()
+    counts, rows = build(spark, settings)
+    assert counts["changed"] == 1 and counts["files"] == 32 and rows.keys() == plain.keys()
+    assert all(np.array_equal(formats.read_volume(VolumeHeader.from_row(row)).array, arrays[w]) for w, row in rows.items())
+    assert {w: (r["split"], r["target"]) for w, r in rows.items()} == {w: (r["split"], r["target"]) for w, r in plain.items()}
+    assert build(spark, settings)[0]["changed"] == 0
 
 
 def test_labels_and_splits_are_those_of_the_plate_map(spark, tmp_path, archive):
