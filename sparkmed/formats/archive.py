@@ -134,10 +134,10 @@ def _with_pages(member: Member | Rejection) -> Iterator[Member | Rejection]:
         yield member
         return
     try:
-        if member.uri != member.container:
-            data = member.read()
+        data = None if member.uri == member.container else member.read()
+        if data is not None:
             member = dataclasses.replace(member, source=lambda: data)  # what is compressed is read once
-        with _paged(member.uri, None if member.uri == member.container else data) as (stream, pages):
+        with _paged(member.uri, data) as (stream, pages):
             for number in pages.numbers:
 
                 def read(number=number, uri=f"tiff://{number}::{member.uri}") -> bytes:

@@ -6,7 +6,7 @@ decoded; its description is JSON with the facts of :func:`facts`. So what reads 
 pixels and its place.
 
 Of a set of files each holds the XML of all: only pages that the XML says to be in the file at hand are read. A file whose XML lies
-in another one (``BinaryOnly``) has no pages here. XML is read as a stream; a DTD is refused, so no entity is ever expanded.
+in another one (``BinaryOnly``) has no pages here. A DTD is refused, so no entity is ever expanded.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ _KEPT = (256, 257, 258, 259, 262, 266, 274, 277, 278, 284, 317, 320, 322, 323, 3
 
 @dataclass
 class _Image:
-    """One image of the XML: its attributes, and what of a well it is."""
+    """One image of the XML, as far as it places pages."""
 
     channels: list[dict[str, str]] = field(default_factory=list)
     pixels: dict[str, str] = field(default_factory=dict)
@@ -202,14 +202,14 @@ def _numbered(image: _Image, sizes: dict[str, int], order: str, uuid: str, count
 
 def _of_plane(image: _Image, sizes: dict[str, int], at: dict[str, int]) -> dict[str, Any]:
     channel = image.channels[at["C"]] if at["C"] < len(image.channels) else {}
-    size = tuple(_length(image.pixels, f"PhysicalSize{a}", "µm") for a in "XY")
+    size = [_length(image.pixels, f"PhysicalSize{a}", "µm") for a in "XY"]
     plane = image.planes.get(tuple(str(at[a]) for a in "CZT"), {})
     x, y, z = (_length(plane, f"Position{a}") for a in "XYZ")
     return {
         **{a.lower(): at[a] + 1 for a in "CZT" if sizes[a] > 1},
         "channel": channel.get("Name") or None,
         "pixel_size_um": size if all(s and s > 0 for s in size) else None,
-        "stage_um": None if x is None or y is None else (x, y, z),
+        "stage_um": None if x is None or y is None else [x, y, z],
     }
 
 
@@ -235,7 +235,7 @@ def _is_sound(said: Any) -> bool:
     whole = ("row", "column", "sample", "c", "z", "t", "pages")
     return (
         isinstance(said, dict)
-        and all(isinstance(v, kinds.get(k, int)) and (k in kinds or k in whole) for k, v in json.loads(json.dumps(said)).items())
+        and all(isinstance(v, kinds.get(k, int)) and (k in kinds or k in whole) for k, v in said.items())
         and ("row" in said) == ("column" in said)
         and 1 <= said.get("row", 1) <= ROWS
         and 1 <= said.get("column", 1) <= COLUMNS

@@ -77,11 +77,11 @@ def assemble(instances: Iterable[Instance], settings: Volumes | None = None) -> 
             rejections.append(_not_an_image(instance))
         elif instance.format == "dicom":
             series[series_key(instance)].append(instance)
-        elif instance.facts.get("ome", {}).get("pages", 1) > 1:
+        elif (facts := instance.facts).get("ome", {}).get("pages", 1) > 1:
             message = "a page of an OME-TIFF of several: such are read as fields of plates (plates in the config)"
             rejections.append(Rejection(instance.uri, STAGE, "MULTI_PAGE", message))
         else:
-            volumes.append(volume_header([instance], instance.shape, instance.affine, instance.facts))
+            volumes.append(volume_header([instance], instance.shape, instance.affine, facts))
     settings = settings or Volumes()
     for made, refused in [_segmentations(segmentations), *(_assemble_series(g, settings) for _, g in sorted(series.items()))]:
         volumes += made

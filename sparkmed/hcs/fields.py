@@ -11,6 +11,7 @@ import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from sparkmed.config import Plates
 from sparkmed.formats.instance import Instance, VolumeHeader, volume_header
@@ -128,9 +129,9 @@ class _Found:
 
         A file of one page that an index lists, or whose XML names no well, goes by index and name; its XML is asked for lengths.
         """
-        said, of_one = _said(instance), instance.facts.get("ome", {}).get("pages", 1) == 1
-        lengths = None
-        if said and of_one and (listed or said.plane.well is None):
+        ome, lengths = instance.facts.get("ome"), None
+        said = _said(ome) if ome else None
+        if said and ome.get("pages", 1) == 1 and (listed or said.plane.well is None):
             lengths = said
         elif said:
             listed = said
@@ -335,11 +336,8 @@ def _listed(instances: list[Instance], index: Index | None) -> dict[str, Listed]
     return near
 
 
-def _said(instance: Instance) -> Listed | None:
-    """What an image says of itself: a page of OME-TIFF."""
-    said = instance.facts.get("ome")
-    if not said:
-        return None
+def _said(said: dict[str, Any]) -> Listed:
+    """What a page of OME-TIFF says of itself: see :func:`sparkmed.formats.ome.facts`."""
     well = (wells.name(said["row"], said["column"]), said["row"], said["column"]) if "row" in said else (None, None, None)
     channel = str(said["c"]) if "c" in said else None
     plane = Plane("image", OME, said.get("plate"), *well, said.get("sample"), said.get("z"), said.get("t"), channel)
