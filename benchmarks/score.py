@@ -12,8 +12,8 @@ volume's own grid and writes it, with two torch threads. ``apart``: two such pro
 volumes each: what this machine gives at most. ``cpu``: the same in seconds of the processor, of all processes together (JVM too),
 which others on the machine disturb less.
 ``windows``: stitching alone, in one process: this package's against MONAI's.
-``straggler``: slowest / mean task of 24 volumes of sizes 1:20 in time, by cost as they are packed, and as packing by count would
-have it.
+``straggler``: slowest / mean task in time of 24 volumes of sizes 1:20, the largest 5/8 ``size`` x 5/8 ``size`` x 5/2 ``size``; by
+cost as they are packed, and as packing by count would have it.
 ``parts``: a volume of 8 times as many voxels in parts by two slots against the same by one.
 ``memory``: growth of a process that scores a volume, in volumes as float32 (the larger of stored and preprocessed).
 """
@@ -198,20 +198,23 @@ def windows(folder: pathlib.Path, turns: int, size: int) -> dict:
     return {"ours/monai": ratio(seconds["ours"], seconds["monai"], THROUGHPUT)}
 
 
-def straggler(spark, folder: pathlib.Path, turns: int) -> dict:
+def straggler(spark, folder: pathlib.Path, turns: int, size: int) -> dict:
     from sparkmed import scoring
     from sparkmed.spark import score
 
     url, rng = str(folder / "model"), np.random.default_rng(0)
     sizes = [20.0, 1.0, *rng.uniform(1, 20, 22)]
-    rows = rows_of(folder / "mix", [(40, 40, max(4, round(8 * s))) for s in sizes])
+    across, along = round(0.625 * size), size / 8
+    rows = rows_of(folder / "mix", [(across, across, round(along * s)) for s in sizes])
     spec = Model.load(url).spec
     tasks = score._tasks(rows, [scoring.cost(r, spec) for r in rows], 2)
     order = sorted(rows, key=lambda r: r["uid"])
     counted = [order[n :: len(tasks)] for n in range(len(tasks))]
     found: dict[str, list[float]] = {"by cost": [], "by count": []}
-    for _ in range(turns):
+    for turn in range(-1, turns):
         predictions, _ = score.predict(spark, rows, url, "cpu")
+        if turn < 0:
+            continue
         took = {p["volume"]: p["seconds"] for p in predictions}
         for name, groups in (("by cost", tasks), ("by count", counted)):
             times = [sum(took[r["uid"]] for r in g) for g in groups]
@@ -257,7 +260,7 @@ if __name__ == "__main__":
         folder = pathlib.Path(scratch)
         spark = session.session(config.Spark(master="local[2]"), "benchmark")
         out["throughput"] = throughput(spark, folder, turns, volumes, size)
-        out["straggler"] = straggler(spark, folder, turns)
+        out["straggler"] = straggler(spark, folder, turns, size)
         out["parts"] = parts(spark, folder, max(1, turns // 2), size)
         spark.stop()
         out["windows"] = windows(folder, turns, size)
