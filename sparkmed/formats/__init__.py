@@ -106,7 +106,9 @@ def read_volume(header: VolumeHeader) -> Volume:
         return Volume(array, affine, header.series_uid, header.modality, header.sources)
     except (Refused, isolation.Unavailable):
         raise
-    except (MemoryError, RecursionError, Exception) as e:
+    except MemoryError:
+        raise Refused("UNREADABLE", "the voxels cannot be read: there is too little memory") from None
+    except Exception as e:
         raise Refused("BROKEN_FILE", f"the voxels cannot be read ({type(e).__name__})") from None
 
 

@@ -9,13 +9,14 @@ really come out of an archive, not for what its headers claim.
 
 import contextlib
 import dataclasses
+import errno
+import gzip
 import io
 import itertools
 import re
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -209,17 +210,27 @@ def _read_file(uri: str) -> bytes:
 
 @contextlib.contextmanager
 def _broken_archive(what: str):
-    """Whatever zipfile and tarfile raise on damaged bytes becomes a :class:`Refused` without the bytes' text."""
+    """Whatever zipfile and tarfile raise on damaged bytes becomes a :class:`Refused` without the bytes' text, and so does what the
+    storage raises: that may pass."""
     try:
         yield
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, ValueError, KeyError, IndexError) as e:
+    except Refused:
+        raise
+    except Exception as e:  # struct.error, zlib.error, lzma.LZMAError and whatever else a decoder knows
+        passing = e if isinstance(e, MemoryError) else _of_storage(e)
+        if passing is not None:
+            raise Refused("UNREADABLE", f"the archive cannot be read: {type(passing).__name__}") from None
         raise Refused("BROKEN_ARCHIVE", f"{what}: {type(e).__name__}") from None
-    except (NotImplementedError, RuntimeError, RecursionError, OverflowError, MemoryError, ArithmeticError) as e:
-        raise Refused("BROKEN_ARCHIVE", f"{what}: {type(e).__name__}") from None
-    except Exception as e:  # struct.error, lzma.LZMAError and whatever else a decoder knows
-        if isinstance(e, Refused):
-            raise
-        raise Refused("BROKEN_ARCHIVE", f"{what}: {type(e).__name__}") from None
+
+
+def _of_storage(e: Exception) -> OSError | None:
+    """What the storage raised, which zipfile may have made an error of its own; decoders raise a plain OSError about bytes, without
+    a number or with that of a place before the start."""
+    for found in (e, e.__context__):
+        about_bytes = type(found) in (OSError, gzip.BadGzipFile) and found.errno in (None, errno.EINVAL)
+        if isinstance(found, OSError) and not about_bytes:
+            return found
+    return None
 
 
 def _name_problem(name: str) -> str:
@@ -352,8 +363,6 @@ class _Bounded(io.RawIOBase):
         self.raw.seek(0)
         self.inner, self.plain = self.raw, False
         if head[:2] == b"\x1f\x8b":
-            import gzip
-
             self.inner = gzip.GzipFile(fileobj=self.raw)
         elif head[:3] == b"BZh":
             import bz2

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import io
@@ -217,6 +218,39 @@ def test_damaged_archive(tmp_path, name, damage):
             except Refused as e:
                 broken.append((member.uri, e.reason))
     assert broken and {c for _, c in broken} == {"BROKEN_ARCHIVE"}
+
+
+@pytest.mark.parametrize("name", ["z.zip", "t.tar", "t.tar.gz"])
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "stale"), FileNotFoundError(errno.ENOENT, "gone"), TimeoutError()])
+def test_a_storage_that_fails_says_nothing_of_the_archive(tmp_path, monkeypatch, name, error):
+    """Refused for a reason that may pass, wherever in the file it fails; a broken one stays refused."""
+    files = [(n, np.random.default_rng(0).bytes(5000)) for n in ("a", "b")]
+    if name.endswith("zip"):
+        make_zip(tmp_path / name, files)
+    else:
+        make_tar(tmp_path / name, files, "w:gz" if name.endswith("gz") else "w")
+    uris = [m.uri for m in listed(tmp_path)]
+    failing = {"after": 0, "reads": 0}
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            failing["reads"] += 1
+            if failing["reads"] > failing["after"]:
+                raise error
+            return super().readinto(buffer)
+
+    def opened(url, mode="rb"):
+        return io.BufferedReader(Failing(storage.local_path(url)), 512)
+
+    monkeypatch.setattr(archive.storage, "open", opened)
+    for failing["after"] in range(100):
+        failing["reads"] = 0
+        try:
+            list(archive.read_many(uris))
+            break
+        except Refused as e:
+            assert (e.reason, type(error).__name__ in e.message) == ("UNREADABLE", True), failing
+    assert 3 <= failing["after"] < 99
 
 
 def test_unsupported_zip_compression(tmp_path):
