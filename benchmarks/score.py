@@ -50,6 +50,7 @@ THROUGHPUT, STRAGGLER, MEMORY = 1.15, 1.25, 3.0
 MEMORY_CASES = {
     "int16": ("int16", {}, 3),
     "float32": ("float32", {}, 3),
+    "int16, labelled": ("int16 labelled", {}, 3),
     "float32, resampled": ("float32", {"spacing": [1, 1, 2.5]}, 3),
     "int16, percentiles": ("int16", {"intensity": {"kind": "percentile"}}, 3),
     "float32, 8 classes": ("float32", {}, 8),

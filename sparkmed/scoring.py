@@ -23,6 +23,19 @@ from sparkmed.rejection import Refused
 FAILED, WORKER_LOST = "FAILED", "WORKER_LOST"
 
 
+class Unwritten(Exception):
+    """A file of the lake or of ``score.seg_folder`` cannot be written or read again, as when a disk is full: it says nothing of the
+    volume."""
+
+
+@contextlib.contextmanager
+def _own_files():
+    try:
+        yield
+    except OSError as e:
+        raise Unwritten(f"a file of the lake or of score.seg_folder: {e.strerror or type(e).__name__}") from e
+
+
 def stays(refusal: dict, attempts: int) -> bool:
     """Whether a volume is not tried again, by a quarantine row of it: it is broken, or has failed ``attempts`` times.
 
@@ -58,14 +71,15 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     (null where there are none). ``score`` is against the row's label: Dice per class, or 1 and 0 for right and wrong;
     ``reliability`` how far its confidence can be believed. ``quantiles`` are of the image. ``seg_refused``, no column, is why a
     prediction has no SEG where one was wanted; it counts without. Raises :class:`Refused` on pixels that cannot be read or do not
-    fit the network.
+    fit the network, :class:`Unwritten`.
     """
     started = time.perf_counter()
+    truth = _truth(row) if model.spec.task == "segmentation" else None
     image = [dataset.read_image(row)]  # held by the list alone: it is gone when its windows are computed
     quantiles = intensity.quantiles(image[0].array)
     if model.spec.task == "segmentation":
-        found: Segmentation | ClassProbabilities = model.segment(image, keep=keeps_probabilities(model, row, segs))
-        out = written(model, row, found, mask_url, segs)
+        found: Segmentation | ClassProbabilities = model.segment(image, keeps_probabilities(model, segs), truth)
+        out = written(model, row, found, mask_url, segs, truth)
     elif model.spec.score.features:
         found, features = model.embed(image.pop())
         out = written(model, row, found) | {"features": features.tolist()}
@@ -74,13 +88,29 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     return out | {"seconds": time.perf_counter() - started, "quantiles": quantiles}
 
 
-def keeps_probabilities(model: Model, row: dict, segs: SegFolder | None) -> bool:
-    """Whether the probabilities of all voxels are looked at: written, or compared with a label."""
-    return bool(row["label"]) or (segs is not None and model.spec.score.seg_type == "FRACTIONAL")
+def keeps_probabilities(model: Model, segs: SegFolder | None) -> bool:
+    """Whether the probabilities of all voxels are written."""
+    return segs is not None and model.spec.score.seg_type == "FRACTIONAL"
+
+
+def _truth(row: dict) -> np.ndarray | None:
+    """(1, I, J, K) labels of a volume row on its image's grid; None without: a broken label is no reason to lose the prediction."""
+    if not row["label"]:
+        return None
+    header = VolumeHeader.from_row(row)
+    with contextlib.suppress(Refused):
+        labels = dataset.read_label(row, Grid(header.affine, header.shape[1:])).array
+        return labels.astype(np.uint8) if labels.max(initial=0) <= 255 else labels
+    return None
 
 
 def written(
-    model: Model, row: dict, found: Segmentation | ClassProbabilities, mask_url: str | None = None, segs: SegFolder | None = None
+    model: Model,
+    row: dict,
+    found: Segmentation | ClassProbabilities,
+    mask_url: str | None = None,
+    segs: SegFolder | None = None,
+    truth: np.ndarray | None = None,
 ) -> dict:
     """Write what was found of a volume row; the columns of :func:`score` but for ``seconds`` and ``quantiles``."""
     header, classes = VolumeHeader.from_row(row), model.spec.classes
@@ -94,21 +124,20 @@ def written(
     if isinstance(found, Segmentation):
         labels = found.labels
         if mask_url:
-            nifti.write(labels, mask_url)
+            with _own_files():
+                nifti.write(labels, mask_url)
         if segs:
             try:
-                out["seg"] = _write_seg(model, labels, found.probabilities, header, segs)
+                with _own_files():
+                    out["seg"] = _write_seg(model, labels, found.probabilities, header, segs)
             except Refused as e:
                 if e.reason in PASSING:
                     raise
                 out["seg_refused"] = e
         out["ml"] = [n * labels.voxel_ml for n in found.voxels]
         out["probability"] = found.means
-        if row["label"]:
-            with contextlib.suppress(Refused):  # a broken label is no reason to lose the prediction
-                truth = dataset.read_label(row, labels).array[0]
-                out["score"] = dice(labels.array[0], truth, len(classes))
-                out["reliability"] = _reliability(found.probabilities.array, labels.array[0], truth)
+        if truth is not None:
+            out["score"], out["reliability"] = dice(labels.array[0], truth[0], len(classes)), found.reliability
     else:
         vector = np.asarray(found, np.float64)
         out["probability"] = vector.tolist()
@@ -188,7 +217,7 @@ def spread(model: Model, row: dict, url: str) -> Parts:
     quantiles = tuple(intensity.quantiles(volume[0].array))
     grid, read = model.reader(volume)
     axis = model.spec.windows(grid.spatial_shape).axis
-    with storage.writing(storage.join(url, "image")) as file:
+    with _own_files(), storage.writing(storage.join(url, "image")) as file:
         for start in range(0, grid.spatial_shape[axis], _PLANES):
             slab = read(start, min(start + _PLANES, grid.spatial_shape[axis]))
             file.write(np.ascontiguousarray(np.moveaxis(slab, 1 + axis, 0)))
@@ -201,9 +230,11 @@ _PLANES = 8
 def score_block(model: Model, parts: Parts, block: int) -> float:
     """Write the sums of one block of windows; how many seconds it took. Holds its planes of the image, and its sums twice."""
     started, windows = time.perf_counter(), model.spec.windows(parts.shape)
-    slab = _planes(storage.join(parts.url, "image"), model.spec.in_channels, windows, *windows.planes(block))
+    with _own_files():
+        slab = _planes(storage.join(parts.url, "image"), model.spec.in_channels, windows, *windows.planes(block))
     sums = inference.block_sums(model.predictor, slab, windows, block, model.device)
-    storage.write_bytes(_block_url(parts, block), np.moveaxis(sums, 1 + windows.axis, 0).tobytes())
+    with _own_files():
+        storage.write_bytes(_block_url(parts, block), np.moveaxis(sums, 1 + windows.axis, 0).tobytes())
     return time.perf_counter() - started
 
 
@@ -219,13 +250,17 @@ def joined(model: Model, row: dict, parts: Parts, mask_url: str | None = None, s
     def sums():
         for block in range(len(windows.blocks)):
             first, last = windows.planes(block)
-            yield _planes(_block_url(parts, block), classes, windows, 0, last - first).copy()
+            with _own_files():
+                found = _planes(_block_url(parts, block), classes, windows, 0, last - first).copy()
+            yield found
+            del found
 
     image = blank(stored, series_uid=header.series_uid, modality=header.modality, sources=header.sources)
     pieces = preprocess.planes_to_input_grid(inference.averaged(sums(), windows), windows.axis, grid, image)
-    found = model.labelled(pieces, image, keep=keeps_probabilities(model, row, segs))
+    truth = _truth(row)
+    found = model.labelled(pieces, image, keeps_probabilities(model, segs), truth)
     seconds = parts.seconds + time.perf_counter() - started
-    return written(model, row, found, mask_url, segs) | {"seconds": seconds, "quantiles": list(parts.quantiles)}
+    return written(model, row, found, mask_url, segs, truth) | {"seconds": seconds, "quantiles": list(parts.quantiles)}
 
 
 def _block_url(parts: Parts, block: int) -> str:
@@ -256,23 +291,22 @@ def _write_seg(model: Model, labels: Volume, probabilities: Volume | None, heade
     return name
 
 
-def _reliability(probabilities: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> list[float]:
-    """Of the voxels that are predicted or true foreground: the background, easy and large, would hide what they are like."""
-    where = (predicted > 0) | (truth > 0)
-    predicted, truth = predicted[where], truth[where]
-    confidence = np.take_along_axis(probabilities[:, where], predicted[None].astype(np.intp), 0)[0]
-    return metrics.reliability(confidence, predicted == truth)
-
-
 def dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[float | None]:
     """Dice (1945) per class of two label maps of one shape: 2 |A and B| / (|A| + |B|), null where a class is in neither.
 
     >>> dice(np.array([0, 1, 1]), np.array([0, 0, 1]), 3)
     [0.6666666666666666, 0.6666666666666666, None]
     """
-    both = np.bincount(truth[predicted == truth].ravel(), minlength=classes)
-    total = np.bincount(predicted.ravel(), minlength=classes) + np.bincount(truth.ravel(), minlength=classes)
-    return [2 * float(b) / float(t) if t else None for b, t in zip(both[:classes], total[:classes], strict=True)]
+    both, total = np.zeros(classes), np.zeros(classes)
+    predicted, truth = predicted.ravel(), truth.ravel()
+    for start in range(0, truth.size, _COUNTED):
+        p, t = (array[start : start + _COUNTED] for array in (predicted, truth))
+        both += np.bincount(t[p == t], minlength=classes)[:classes]
+        total += np.bincount(p, minlength=classes)[:classes] + np.bincount(t, minlength=classes)[:classes]
+    return [2 * float(b) / float(t) if t else None for b, t in zip(both, total, strict=True)]
+
+
+_COUNTED = 1 << 20  # voxels at a time: to count them takes 8 bytes of each
 
 
 def subject_scores(rows: list[dict]) -> dict[str, float]:

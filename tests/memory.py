@@ -3,7 +3,7 @@
 usage: python memory.py SHAPE DTYPE SPEC CLASSES FOLDER
 
 Prints, in bytes, the growth of resident memory at its highest over scoring a small volume, and the voxels of the larger one as
-float32 on the larger of its two grids.
+float32 on the larger of its two grids. DTYPE may be ``int16 labelled``: with a label to be compared with, in uint8.
 """
 
 import json
@@ -18,6 +18,7 @@ from torch import nn
 
 from sparkmed import formats, scoring
 from sparkmed.config import Component, Preprocess, Score
+from sparkmed.formats.instance import VolumeHeader
 from sparkmed.imaging import preprocess
 from sparkmed.learning.model import Model, ModelSpec
 
@@ -58,11 +59,19 @@ def _score(model: Model, shape, dtype: str, path: pathlib.Path):
 
 def _write(shape, dtype: str, path: pathlib.Path) -> dict:
     """The row of a new volume: noise whose blocks repeat, so that it is quick to write."""
+    dtype, _, labelled = dtype.partition(" ")
     part = np.random.default_rng(0).normal(0, 300, (*shape[:2], 8)).astype(dtype)
-    image = nibabel.Nifti1Image(np.tile(part, (1, 1, -(-shape[2] // 8)))[..., : shape[2]], np.diag([-1.0, 1.0, 2.0, 1.0]))
-    nibabel.save(image, path)
+    image, label = _saved(part, shape, path), None
+    if labelled:
+        label = json.dumps(_saved((part > 0).astype(np.uint8), shape, path.with_name(f"label-{path.name}")).row())
+    return {**image.row(), "subject": "s", "split": None, "target": None, "label": label}
+
+
+def _saved(part: np.ndarray, shape, path: pathlib.Path) -> VolumeHeader:
+    array = np.tile(part, (1, 1, -(-shape[2] // 8)))[..., : shape[2]]
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, 1.0, 2.0, 1.0])), path)
     ((header,), _) = formats.read_headers(str(path))
-    return {**header.row(), "subject": "s", "split": None, "target": None, "label": None}
+    return header
 
 
 def _status(name: str) -> int:

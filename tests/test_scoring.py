@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,13 +13,15 @@ import torch
 from formats import dicoms
 from monai.metrics import compute_dice
 
-from sparkmed import formats, scoring
+from sparkmed import formats, scoring, storage
 from sparkmed.config import Component, Preprocess, Score
-from sparkmed.formats import dicom_seg
+from sparkmed.formats import dicom_seg, nifti
 from sparkmed.imaging import intensity
+from sparkmed.imaging.volume import Volume
 from sparkmed.learning import networks
 from sparkmed.learning.model import Model, ModelSpec
 from sparkmed.rejection import Refused
+from sparkmed.spark import score as spark_score
 
 
 def test_dice_equals_monai():
@@ -123,7 +127,7 @@ def test_scored_again_it_is_the_same_object_and_under_other_settings_another(tmp
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("dtype", "spec", "most"),
-    [("float32", {"spacing": [1, 1, 2.5]}, 3.0), ("int16", {"intensity": {"kind": "percentile"}}, 2.5)],
+    [("float32", {"spacing": [1, 1, 2.5]}, 3.0), ("int16 labelled", {"intensity": {"kind": "percentile"}}, 2.5)],
 )
 def test_memory_of_a_worker_beside_the_model(tmp_path, dtype, spec, most):
     """In volumes as float32; the whole probabilities of three classes and their copies would be 10."""
@@ -163,11 +167,32 @@ def test_a_seg_that_may_be_written_later_is_tried_again(tmp_path, monkeypatch):
         scoring.score(segmenter(masks="seg", seg_folder="x"), row, segs=segs(tmp_path / "out"))
 
 
-def test_reliability_is_of_the_voxels_that_are_predicted_or_true_foreground():
-    predicted, truth = np.array([[[0, 0, 1, 1]]]), np.array([[[0, 1, 1, 0]]])
-    probabilities = np.stack([np.array([[[1.0, 0.8, 0.1, 0.4]]]), np.array([[[0.0, 0.2, 0.9, 0.6]]])])
-    found = np.reshape(scoring._reliability(probabilities, predicted, truth), (3, -1)).sum(1)
-    assert found == pytest.approx([3, 0.8 + 0.9 + 0.6, 1])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_reliability_is_of_the_voxels_that_are_predicted_or_true_foreground(pieces):
+    truth = np.array([[[[0, 1, 1, 0]]]], np.uint8)
+    probabilities = np.array([[[[1.0, 0.8, 0.1, 0.4]]], [[[0.0, 0.2, 0.9, 0.6]]], [[[0.0, 0.0, 0.0, 0.0]]]], np.float32)
+    planes = [(slice(None),) * 3 + (slice(n, n + 4 // pieces),) for n in range(0, 4, 4 // pieces)]
+    image = Volume(np.zeros((1, 1, 1, 4), np.uint8), np.eye(4))
+    found = segmenter().labelled(((p, probabilities[p]) for p in planes), image, truth=truth)
+    assert found.labels.array.tolist() == [[[[0, 0, 1, 1]]]] and found.probabilities is None
+    assert np.reshape(found.reliability, (3, -1)).sum(1) == pytest.approx([3, 0.8 + 0.9 + 0.6, 1])
+
+
+def test_a_disk_that_is_full_says_nothing_of_the_volume(tmp_path, monkeypatch):
+    """It ends the task, as what spark.score makes of it, and not the volume."""
+    row, _ = row_of(tmp_path / "in", series())
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(nifti, "write", full)
+    monkeypatch.setattr(dicom_seg, "write", full)
+    for model, arguments in ((segmenter(), [str(tmp_path / "m")]), (segmenter(masks="seg"), [None, segs(tmp_path / "out")])):
+        with pytest.raises(scoring.Unwritten, match="No space left on device"):
+            spark_score._tried(row, scoring.score, model, row, *arguments)
+    monkeypatch.setattr(storage, "writing", full)
+    with pytest.raises(scoring.Unwritten):
+        spark_score._tried(row, scoring.spread, segmenter(), row, str(tmp_path / "parts"))
 
 
 def test_a_prediction_describes_its_image(tmp_path):

@@ -15,7 +15,7 @@ from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
 from sparkmed.rejection import InputError, Refused
 
-_PIECE = 8 << 20  # bytes of scores that are resampled at a time, or one plane
+_PIECE = 2 << 20  # bytes of scores that are resampled at a time, or one plane
 _LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601
 
 

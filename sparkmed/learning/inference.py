@@ -152,20 +152,30 @@ def averaged(sums: Iterable[np.ndarray], windows: Windows) -> Iterator[tuple[int
     block = 0
     for total in sums:  # enumerate would hold the sums of one block while the next is computed
         weight = windows.weights(block)
-        if rest is not None:
-            planes = windows.across(0, rest.shape[1 + windows.axis])
-            total[planes] += rest
-            weight = weight.copy()
-            weight[planes[1:]] += weight_rest
         first, last = windows.planes(block)
-        until = windows.planes(block + 1)[0] if block + 1 < len(windows.blocks) else last
-        done, left = windows.across(0, until - first), windows.across(until - first, last - first)
-        finished = total[done]
-        finished /= weight[done[1:]]
-        rest, weight_rest = total[left].copy(), weight[left[1:]].copy()  # no views: they would hold the whole block
-        yield first, finished
-        del total, finished, weight
+        done = (windows.planes(block + 1)[0] if block + 1 < len(windows.blocks) else last) - first
+        if rest is None:
+            rest, weight_rest = total[windows.across(0, 0)], weight[windows.across(0, 0)[1:]]
+        shared = rest.shape[1 + windows.axis]
+        mixed, alone, left = windows.across(0, min(shared, done)), windows.across(shared, done), windows.across(done, last - first)
+        total[windows.across(0, shared)] += rest
+        weight_rest = weight_rest + weight[windows.across(0, shared)[1:]]
+        total[mixed] /= weight_rest[mixed[1:]]
+        total[alone] /= weight[alone[1:]]
+        # no views of what is left: they would hold the whole block
+        rest, further, weight_rest = _copied(total[left], rest), weight_rest[left[1:]], weight[left[1:]].copy()
+        weight_rest[windows.across(0, max(0, shared - done))[1:]] = further
+        yield first, total[windows.across(0, done)]
+        del total
         block += 1
+
+
+def _copied(array: np.ndarray, into: np.ndarray | None) -> np.ndarray:
+    """A copy, in the memory of ``into`` where that fits: what is allocated anew for each block leaves holes that nothing fills."""
+    if into is None or into.shape != array.shape:
+        return array.copy()
+    np.copyto(into, array)
+    return into
 
 
 def finished_planes(
@@ -237,6 +247,6 @@ def predictor(network: nn.Module, mirrors: Sequence[int] = ()) -> Predictor:
             for flipped in combinations(axes, n):
                 seen = probabilities(windows.flip(flipped))
                 total += seen.flip(flipped) if seen.ndim > 2 else seen
-        return total / 2 ** len(axes)
+        return total.div_(2 ** len(axes))
 
     return mean

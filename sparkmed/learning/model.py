@@ -23,7 +23,7 @@ from sparkmed.config import Component, Preprocess, Score, Section
 from sparkmed.imaging import geometry, intensity, patches, postprocess, preprocess
 from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
-from sparkmed.learning import inference, networks
+from sparkmed.learning import inference, metrics, networks
 from sparkmed.rejection import InputError, Refused
 
 WEIGHTS, SPEC, FIRST, MEMBERS = "weights.safetensors", "spec.json", "first", "members"
@@ -104,13 +104,16 @@ class Segmentation:
     """``labels`` (1, I, J, K) on the input's own grid, cleaned, and per class its ``voxels`` there.
 
     ``means`` are per class the mean of its probability over the voxels where it was predicted and that cleaning left to it (None:
-    there is none). ``probabilities`` (classes, I, J, K) where they were asked for.
+    there is none). ``probabilities`` (classes, I, J, K) where they were asked for. ``reliability``, where the truth is known, is
+    :func:`metrics.reliability` of what the model decided, before cleaning, over the voxels where that or the truth is foreground:
+    the background, easy and large, would hide what they are like.
     """
 
     labels: Volume
     voxels: list[int]
     means: list[float | None]
     probabilities: Volume | None = None
+    reliability: list[float] | None = None
 
 
 class Model:
@@ -200,8 +203,9 @@ class Model:
             out[index] = scores
         return image.with_array(out)
 
-    def segment(self, volume: Volume | list[Volume], keep: bool = False) -> Segmentation:
-        """The label map of a volume, cleaned as the settings say; ``keep`` holds its probabilities too.
+    def segment(self, volume: Volume | list[Volume], keep: bool = False, truth: np.ndarray | None = None) -> Segmentation:
+        """The label map of a volume, cleaned as the settings say; ``keep`` holds its probabilities too. ``truth`` (1, I, J, K) is
+        what it ought to be.
 
         Without them what is held beside the labels is the image on the preprocessed grid (with its stored type unless it is
         resampled), the sums of a block of windows and what the block before left to it (float32, per class, as many planes as a
@@ -210,7 +214,7 @@ class Model:
         :meth:`probabilities` does.
         """
         image, pieces = self.pieces(volume if isinstance(volume, list) else [volume])
-        return self.labelled(pieces, image, keep)
+        return self.labelled(pieces, image, keep, truth)
 
     def pieces(self, given: list[Volume]) -> tuple[Volume, Pieces]:
         """The volume without its voxels, and its probabilities some planes at a time; it is taken out of ``given``."""
@@ -242,7 +246,7 @@ class Model:
     def predictor(self) -> inference.Predictor:
         return inference.predictor(self.network, self.spec.score.mirrors or ())
 
-    def labelled(self, pieces: Pieces, image: Volume, keep: bool = False) -> Segmentation:
+    def labelled(self, pieces: Pieces, image: Volume, keep: bool = False, truth: np.ndarray | None = None) -> Segmentation:
         """The label map of ``image``, whose voxels do not count, from its probabilities as they come."""
         shape, classes, cleaning = image.spatial_shape, len(self.spec.classes), self.spec.score.cleaning
         limits = postprocess.thresholds(self.spec.classes, cleaning)
@@ -250,7 +254,7 @@ class Model:
         array = np.zeros((1, *shape), np.uint8 if classes <= 256 else np.uint16)
         chosen = np.empty((1, *shape), np.float32) if changing else None
         kept = np.empty((classes, *shape), np.float32) if keep else None
-        counts, sums = np.zeros(classes, np.int64), np.zeros(classes)
+        counts, sums, diagram = np.zeros(classes, np.int64), np.zeros(classes), np.zeros(3 * metrics.RELIABILITY_BINS)
 
         def count(found: np.ndarray, probability: np.ndarray):
             counts[:] += np.bincount(found, minlength=classes)
@@ -260,6 +264,9 @@ class Model:
             found = postprocess.as_labels(image.with_array(scores), limits).array
             probability = np.take_along_axis(scores, found.astype(np.intp), 0)
             array[index] = found
+            if truth is not None:
+                where = (found > 0) | (truth[index] > 0)
+                diagram += metrics.reliability(probability[where], found[where] == truth[index][where])
             if chosen is None:
                 count(found.ravel(), probability.ravel())
             else:
@@ -276,7 +283,8 @@ class Model:
                 count(plane[plane == old], probability[plane == old])
         means = [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]
         probabilities = None if kept is None else image.with_array(kept)
-        return Segmentation(image.with_array(array), voxels.tolist(), means, probabilities)
+        reliability = None if truth is None else diagram.tolist()
+        return Segmentation(image.with_array(array), voxels.tolist(), means, probabilities, reliability)
 
     def labels(self, probabilities: Volume) -> Volume:
         """The label map (1, I, J, K) uint8 of :meth:`probabilities`, cleaned as the settings say: in validation and in scoring."""
@@ -600,6 +608,8 @@ def volumes_ml(labels: Volume, classes: Iterable[str]) -> dict[str, float]:
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> _PyFunc:
     """Entry point that ``mlflow.pyfunc`` finds by ``loader_module="sparkmed.learning.model"``.
 
-    ``mlflow.pyfunc.load_model(uri, model_config={"imports": ["mylab.nets"]})`` allows networks that are not MONAI's.
+    ``mlflow.pyfunc.load_model(uri, model_config={"imports": ["mylab.nets"]})`` allows networks that are not MONAI's. MLflow takes
+    the loader, and what ``model_config`` is without that, from the artifact itself: who may write artifacts may run code where
+    ``pyfunc`` loads them. :func:`sparkmed.load_model` takes nothing but weights and a spec.
     """
     return _PyFunc(Model.load(path, imports=(model_config or {}).get("imports", ())))

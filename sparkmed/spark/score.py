@@ -152,7 +152,7 @@ def _tried(row: dict, do: Callable, *arguments) -> tuple[Any, list[Rejection]]:
         return do(*arguments), []
     except Refused as e:
         return None, [e.at(uri, STAGE) for uri in row["sources"]]
-    except isolation.Unavailable:  # says nothing of the volume: the task is tried again
+    except (isolation.Unavailable, scoring.Unwritten):  # says nothing of the volume: the task is tried again
         raise
     except Exception as e:  # of any decoder and any network
         message = f"{type(e).__name__} while it was scored; it is tried again next time"
