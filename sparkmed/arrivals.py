@@ -63,6 +63,13 @@ def _scored(lake: str) -> set[str]:
     return {u for r in tables.volumes(lake).read(["uid", "sources"]).to_pylist() if r["uid"] in done for u in r["sources"]}
 
 
+def remembered(lake: str) -> dict[str, datetime.datetime]:
+    """By uid since when a volume is there, of those that a run of the score stage has found: a file that is read again, as after
+    it was touched, is as old as it was."""
+    kept = tables.seen(lake).read(["uid", "first_seen"]).to_pydict()
+    return dict(zip(kept["uid"], kept["first_seen"], strict=True))
+
+
 def first_seen(lake: str, rows: Sequence[dict]) -> dict[str, datetime.datetime]:
     """By uid of volume rows when the last of its files was read, or changed where an older version of this program read it."""
     wanted = sorted({u for r in rows for u in r["sources"]})

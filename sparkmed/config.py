@@ -554,7 +554,7 @@ def _some_volumes(value: Any) -> Any:
     raise ValueError("wanted all, a date such as 2026-01-31 or a share from 0 to 1")
 
 
-NIGHT = {"attempts", "retry_refused", "backfill", "per_night"}
+NIGHT = {"attempts", "attempt_hours", "retry_refused", "backfill", "per_night"}
 """Keys of ``score`` that say which volumes are scored when, not how."""
 
 
@@ -582,7 +582,8 @@ class Score(Section):
     split_mb: Annotated[float, Field(gt=0)] | None = None
     """A segmentation of more MB than that (as float32, stored or preprocessed, whichever is more) is scored in parts by several
     tasks, which hold some of its planes each, with the same result; between them files of the size of the image and, about twice,
-    of its probabilities lie below the lake. None: none is. Ensembles and cascades are not cut."""
+    of its probabilities lie below the lake; one task still holds all voxels while it preprocesses them, and one the label map. None:
+    none is. Ensembles and cascades are not cut."""
     commit_every: Positive = 256
     """Volumes per commit to the predictions table."""
     max_refused: Share = 0.1
@@ -590,6 +591,9 @@ class Score(Section):
     attempts: Positive = 3
     """How often a volume is tried, counted over runs, whose failure may pass (its file cannot be read, a worker ran out of memory);
     then it is left out as one is whose pixels are broken."""
+    attempt_hours: Annotated[float, Field(ge=0)] = 6.0
+    """Failures of a volume within so many hours are one attempt: a scheduler that starts a failed run again, or a folder that is
+    away for an hour, must not use up all of them."""
     retry_refused: bool = False
     """True tries volumes again that are left out for that; so does ``sparkmed score --retry-quarantined``, once."""
     backfill: Annotated[Literal["all"] | datetime.date | float, BeforeValidator(_some_volumes)] = "all"

@@ -51,7 +51,7 @@ def judge(
         gates.append(gate)
         numbers |= compared
     by_group = _group_means(ours, groups)
-    numbers["groups"] = {name: {"subjects": n, "mean": value} for name, (n, value) in by_group.items()}
+    numbers["groups"] = {name: {"subjects": n, "mean": value} for name, (n, value) in by_group.items() if n}
     gates += [_group(settings, name, n, value) for name, (n, value) in by_group.items()]
     gates.append(_calibration(settings, ours))
     gates += _speed(settings, ours, theirs, champion, megavoxels)
@@ -75,18 +75,20 @@ def _comparison(settings: Promote, ours: dict, theirs: dict, champion: str, seed
 
 
 def _group_means(rows: Sequence[dict], groups: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[int, float]]:
-    """By group, such as ``site=A``, its subjects and their mean."""
-    members = defaultdict(list)
+    """By group of the test split, such as ``site=A``, its subjects with a score and their mean; 0 where there are none."""
+    members: dict[str, list] = {f"{name}={value}": [] for of in groups.values() for name, value in of.items()}
     for r in rows:
         for name, value in groups.get(r["volume"], {}).items():
             members[f"{name}={value}"].append(r)
     scores = {name: scoring.subject_scores(of) for name, of in sorted(members.items())}
-    return {name: (len(of), statistics.fmean(of.values())) for name, of in scores.items() if of}
+    return {name: (len(of), statistics.fmean(of.values()) if of else 0.0) for name, of in scores.items()}
 
 
 def _group(settings: Promote, name: str, subjects: int, mean: float) -> Gate:
-    says = f"mean {mean:.4f} over {subjects} test subjects of {name}"
     wanted = settings.group_minimum
+    if not subjects:
+        return Gate(f"group {name}", None, wanted, None, f"no test subject of {name} has a score: it cannot be judged")
+    says = f"mean {mean:.4f} over {subjects} test subjects of {name}"
     if wanted is None:
         return Gate(f"group {name}", mean, None, None, says)
     if subjects < settings.least_subjects:

@@ -22,6 +22,7 @@ import pandas as pd
 from sparkmed import dataset, formats, pictures, reasons, scoring, storage, tables, tracking
 from sparkmed.config import Config
 from sparkmed.formats import isolation
+from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import hits, quality, wells
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import metrics
@@ -75,8 +76,10 @@ def examples(config: Config, model_url: str, rows: Sequence[dict]) -> dict[str, 
     """PNGs of volume rows as the model in the folder ``model_url`` predicts them: by name of the picture.
 
     Segmentation: an overlay each of the best, the median and the worst of those that this model was evaluated on, or of the first
-    three. Classification: one grid, the wrong ones first, then the least certain.
+    three. Classification: one grid, the wrong ones first, then the least certain. Images are left out whose header lets one
+    expect a name in the pixels.
     """
+    rows = [r for r in rows if _may_be_shown(r, config)]
     known = {r["volume"]: r for r in _evaluated(config, _digest(model_url), rows)}
     if config.task == "classification":
         picture = _gallery(config, model_url, rows, list(known.values()))
@@ -267,6 +270,9 @@ def _examples_section(config: Config, facts: dict, rows: list[dict], evaluated: 
     if not evaluated:
         return {"missing": "There is no evaluated test volume to show."}
     by_uid = {r["uid"]: r for r in rows}
+    evaluated = [r for r in evaluated if _may_be_shown(by_uid[r["volume"]], config)]
+    if not evaluated:
+        return {"missing": "The headers of all test images let one expect a name in the pixels."}
     if config.task == "classification":
         picture = _gallery(config, facts["url"], [by_uid[r["volume"]] for r in evaluated], evaluated)
         return (
@@ -522,10 +528,18 @@ def _evaluated(config: Config, model_digest: str, rows: Sequence[dict]) -> list[
     """Test scores of a model, of the volumes that are in the test split now."""
     test = {(r["uid"], r["subject"], r["target"]) for r in rows if r["split"] == "test"}
     found = {}
-    for r in tables.evaluations(config.lake).rows():
+    for r in sorted(tables.evaluations(config.lake).rows(), key=lambda r: r["scored_at"]):  # under the last settings
         if r["model_digest"] == model_digest and (r["volume"], r["subject"], r["target"]) in test:
             found[r["volume"]] = r
     return [found[u] for u in sorted(found)]
+
+
+def _may_be_shown(row: dict, config: Config) -> bool:
+    """Whether a picture of a volume may leave the archive: not where BurnedInAnnotation (PS3.3 C.7.6.1.1.5) is YES, nor of
+    ultrasound, on which scanners write who is examined, unless ``deidentify.allow`` lets them pass."""
+    allow = config.deidentify.allow
+    burned_in = VolumeHeader.from_row(row).facts.get("burned_in") and "burned_in" not in allow
+    return not burned_in and (row["modality"] not in ("US", "IVUS") or "ultrasound" in allow)
 
 
 def _digest(model_url: str) -> str:

@@ -14,7 +14,7 @@ from sparkmed.imaging import patches, preprocess
 from sparkmed.learning import model as models
 from sparkmed.learning import networks
 from sparkmed.learning.model import Model, ModelSpec
-from sparkmed.pipeline import common
+from sparkmed.pipeline import common, ledger
 from sparkmed.rejection import InputError
 
 pytestmark = pytest.mark.engine
@@ -137,6 +137,11 @@ def test_an_ensemble_scores_once_under_the_digests_of_all(project, tmp_path):
     assert {r["model_version"] for r in rows} == {f"ensemble-{digest[:16]}"}
     url = dataset.pinned_model(settings.lake, digest)
     spec = models.read_spec(url, digest)
+    learnt = ledger.trace(elsewhere, rows[0]["key"])["training"]["networks"]
+    assert len(learnt) == 4 and all({"dataset", "dataset_digest", "seed"} == set(n) for n in learnt), "two cascades"
+    looked = {r["model_digest"]: r for r in tables.watch(settings.lake).rows()}
+    assert digest in looked and looked[digest]["model_version"] == rows[0]["model_version"], "what scores is watched"
+    assert digest in {r["model_digest"] for r in tables.fingerprints(settings.lake).rows()}, "and was judged for it"
     assert {(m.name, m.digest) for m in spec.members} == {(f"models:/phantom/{v}", registry.digest(v)) for v in ("1", version)}
     members = [sparkmed.load_model(m.name, tracking_uri=registry.uri, device="cpu") for m in spec.members]
     row = tables.volumes(settings.lake).rows()[0]

@@ -10,6 +10,7 @@ import signal
 import time
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sparkmed.learning import networks
 from sparkmed.learning.model import DatasetReference, Model, ModelSpec
 from sparkmed.pipeline import common, ledger
 from sparkmed.rejection import InputError
+from sparkmed.spark import catalog as spark_catalog
 from sparkmed.spark import score as spark_score
 
 pytestmark = pytest.mark.engine
@@ -153,7 +155,7 @@ def test_a_file_replaced_in_place_is_scored_whatever_its_time(project):
 
 
 def test_what_fails_is_tried_within_a_budget_and_taken_up_when_asked(project, capsys):
-    settings = settings_of(project, attempts=2)
+    settings = settings_of(project, attempts=2, attempt_hours=0)
     images = project / "archive" / "img"
     for name in ("s01", "s02"):
         (images / f"{name}.nii.gz").rename(project / name)
@@ -178,11 +180,30 @@ def test_what_fails_is_tried_within_a_budget_and_taken_up_when_asked(project, ca
         pipeline.score(strict)
 
     (project / "s01").rename(images / "s01.nii.gz")
-    settings_of(project, attempts=2)
+    settings_of(project, attempts=2, attempt_hours=0)
     assert cli.main(["score", str(project / "project.yaml"), "--retry-quarantined"]) == 0
     assert "scored 1, before 3, refused 2, parked 0" in capsys.readouterr().out
     assert pipeline.score(settings)["parked"] == 2
     assert len([r for r in ledger.failures(settings) if r["reason"] == "TRUNCATED"]) == 1, "what lasts is written down once"
+
+
+def test_failures_of_one_night_are_one_attempt(project):
+    """A scheduler tries again after minutes; a folder that is away for an hour must not use up what is meant for nights."""
+    settings = settings_of(project, attempts=2)
+    image = project / "archive" / "img" / "s01.nii.gz"
+    image.rename(project / "away")
+    key = ledger.pinned(settings).key
+    outcomes = [pipeline.score(settings) for _ in range(3)]
+    assert [(o["refused"], o["parked"]) for o in outcomes] == [(1, 0)] * 3
+    (row,) = ledger.failures(settings)
+    assert row["attempt"] == 1 and row["key"] in {key(r["uid"]) for r in tables.volumes(settings.lake).rows()}
+    table = tables.quarantine(settings.lake)
+    (whole,) = table.rows(pc.field("key") == row["key"])
+    earlier = whole | {"refused_at": whole["refused_at"] - datetime.timedelta(hours=7)}
+    table.commit([table.write([earlier])], replace=spark_catalog.files_of(table, "score"))
+    assert pipeline.score(settings)["refused"] == 1 and pipeline.score(settings)["parked"] == 1
+    assert sorted(r["attempt"] for r in ledger.failures(settings)) == [1, 2]
+    (project / "away").rename(image)
 
 
 def test_volumes_that_kill_their_workers_cost_no_other_and_do_not_end_the_night(spark, tmp_path):

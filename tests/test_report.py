@@ -391,6 +391,18 @@ def test_examples_of_a_segmentation(segmented):
     assert all(Image.open(io.BytesIO(png)).size[0] > 600 for png in found.values())
 
 
+@pytest.mark.parametrize("suspect", [{"header": {"burned_in": True}}, {"modality": "US"}], ids=["burned in", "ultrasound"])
+def test_images_that_may_show_a_name_are_not_shown(segmented, suspect):
+    settings, registry, rows = segmented
+    header = {k: json.dumps(json.loads(rows[0][k]) | v) if k == "header" else v for k, v in suspect.items()}
+    test = [r | header for r in rows if r["split"] == "test"]
+    assert report.examples(settings, registry.url, test) == {}
+    evaluated = [{"volume": r["uid"]} for r in test]
+    assert "expect a name" in report._examples_section(settings, {}, test, evaluated)["missing"]
+    allowed = settings.model_copy(update={"deidentify": config.Deidentify(allow=["burned_in", "ultrasound"])})
+    assert len(report.examples(allowed, registry.url, test)) == 3
+
+
 def test_examples_without_scores_are_the_first_three(segmented):
     settings, registry, rows = segmented
     elsewhere = settings.model_copy(update={"lake": settings.lake + "_empty"})

@@ -54,7 +54,9 @@ class Lake:
     def __init__(self, settings):
         self.settings, self.count, self.rng = settings, 0, np.random.default_rng(5)
         registry = tracking.of(settings)
-        self.digests = {v: common.model_digest(registry.fetch(v, settings.lake)) for v in ("1", "2")}
+        urls = {v: registry.fetch(v, settings.lake) for v in ("1", "2")}
+        self.digests = {v: common.model_digest(url) for v, url in urls.items()}
+        self.scores_as = common.settings_digest(settings, urls["1"])
 
     def add(self, number, split=None, scored=True, shift=0.0, modality=None, age=0.01, refused=0):
         volumes, catalog, rows, quarantine = [], [], [], []
@@ -95,7 +97,8 @@ class Lake:
     def row(self, uid, subject, version="1", **facts) -> dict:
         lasting = {"seconds": 1.0, "device": "cpu", "scored_at": datetime.datetime.now(datetime.UTC)}
         made = {"key": f"{uid}-{version}", "volume": uid, "subject": subject, "model_name": "organs", "model_version": version}
-        return made | {"model_digest": self.digests[version], "probability": [0.9, 0.8]} | lasting | facts
+        made |= {"model_digest": self.digests[version], "config_digest": self.scores_as, "probability": [0.9, 0.8]}
+        return made | lasting | facts
 
     def score(self, rows):
         table = tables.predictions(self.settings.lake)
@@ -187,8 +190,52 @@ def test_what_waits_too_long_is_backlog_and_what_is_parked_does_not_wait(lake):
     assert (pipeline.watch(lake.settings)["backlog"], len(watched(lake, "backlog"))) == (3, 1)
 
 
+def test_a_study_that_is_read_again_waits_as_long_as_it_did(lake):
+    """A file that was touched, or that a new version of the reader reads, is as old as when it came."""
+    lake.score(lake.add(4))
+    lake.add(1, scored=False, age=0.1)
+    seen = tables.seen(lake.settings.lake)
+    seen.commit([seen.write([{"uid": f"u{lake.count - 1:04d}", "first_seen": NOW - 5 * DAY}])])
+    assert pipeline.watch(lake.settings)["alarms"] == "backlog"
+
+
+def test_volumes_per_hour_are_of_the_time_at_work(lake):
+    """Two nights of 10 volumes, a volume in 6 minutes, within one day."""
+    rows = lake.add(20)
+    for n, row in enumerate(rows):
+        night = NOW - (20 if n < 10 else 3) * DAY / 24
+        moment = night + datetime.timedelta(minutes=6 * (n % 10))
+        row |= {"scored_at": moment, "seconds": 360.0, "batch": f"{'first' if n < 10 else 'second'}/{n % 10 // 5}"}
+    lake.score(rows)
+    assert pipeline.watch(lake.settings)["per_hour"] == 10
+
+
+def test_a_night_in_which_most_fails_is_said_however_large_the_archive_is(lake):
+    lake.score(lake.add(10))
+    lake.add(50, scored=False)
+    table = tables.quarantine(lake.settings.lake)
+    failed = [
+        {"uri": f"file:///a/{n}", "stage": "score", "reason": "FAILED", "key": f"k{n}", "attempt": 1, "refused_at": NOW, "run": 1}
+        for n in range(lake.count - 50, lake.count)
+    ]
+    table.commit([table.write(failed[:9])])
+    assert pipeline.watch(lake.settings)["alarms"] == "none", "9 beside 10 are too few to be judged"
+    table.commit([table.write(failed[9:])])
+    outcome = pipeline.watch(lake.settings)
+    assert (outcome["alarms"], pipeline.status(outcome)) == ("quarantine", 5)
+    (row,) = watched(lake, "quarantine")
+    assert (row["figure"], row["value"]) == ("share failed", 50 / 60)
+
+
+def test_what_a_champion_said_under_other_settings_is_not_compared(lake):
+    """A mask that is cleaned otherwise has another volume: that is no drift."""
+    lake.score([r | {"config_digest": "other settings"} for r in lake.add(60, shift=3)])
+    assert pipeline.watch(lake.settings)["figures"] == 0
+
+
 def test_another_champion_makes_no_backlog(lake):
     lake.score(lake.add(5, age=30))
+    lake.judge(lake.judged, "2")
     tracking.of(lake.settings).crown("2", "by hand")
     outcome = pipeline.watch(lake.settings)
     assert (outcome["backlog"], outcome["alarms"]) == (0, "none")
@@ -242,6 +289,11 @@ def test_a_group_that_falls_below_the_floor_and_one_that_is_too_small(lake):
     assert "6 test subjects of site=C, too few to judge" in kept["reason"]
     numbers = decisions(lake)[-1]["numbers"]
     assert {k: v["subjects"] for k, v in numbers["groups"].items()} == {"site=A": 37, "site=B": 15, "site=C": 6}
+    groups = {r["volume"]: {"site": "D" if n < 3 else "A"} for n, r in enumerate(lake.judged)}
+    read = [r | {"score": [1.0, 0.8], "seconds": 1.0, "device": "cpu"} for r in lake.judged[3:]]
+    judged, _ = gates.judge(by_site.promote, read, None, None, groups, {}, 0)
+    (lost,) = (g for g in judged if g.gate == "group site=D")
+    assert (lost.passed, lost.wanted) == (None, 0.5) and "no test subject of site=D has a score" in lost.says
     path.write_text("subject,place\n1,A")
     with pytest.raises(InputError, match="wanted columns site and path or subject"):
         pipeline.promote(by_site)

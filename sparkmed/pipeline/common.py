@@ -59,12 +59,27 @@ def model_digest(model_url: str) -> str:
 
 def settings_digest(config: Config, model_url: str) -> str:
     """Of how a model's predictions are made beyond what its own digest covers; of how often they are committed nothing."""
-    spec = models.read_spec(model_url)
+    changes = _changes(config, models.read_spec(model_url), model_url)
+    return digest(config.score.overlap, config.score.blending, *changes, *config.score.outputs)[:16]
+
+
+def judged_under(config: Config, model_url: str) -> list[str]:
+    """Digest of how the model's numbers come about, as part of the key of what it was judged by; nothing where that is as it was
+    validated. What is judged is what is scored: where the settings change, figures of before say nothing of the night's."""
+    spec, score = models.read_spec(model_url), config.score
+    changes = _changes(config, spec, model_url)
+    as_validated = (score.overlap, score.blending) == (spec.score.overlap, spec.score.blending) and not changes
+    if as_validated and not isinstance(spec, models.EnsembleSpec):
+        return []
+    return [digest(score.overlap, score.blending, *changes)[:16]]
+
+
+def _changes(config: Config, spec: models.ModelSpec | models.EnsembleSpec, model_url: str) -> list:
     changes = config.score.changes(spec.score)
     own = isinstance(spec, models.EnsembleSpec) and any(s.score.mirrors for s in models.specs(model_url))
     if own and config.score.mirrors == ():
         changes = ["no mirrors", *changes]  # the spec of an ensemble says nothing of those of its members
-    return digest(config.score.overlap, config.score.blending, *changes, *config.score.outputs)[:16]
+    return changes
 
 
 def require_few(refused: int, total: int, most: float, setting: str, what: str):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from sparkmed import dataset, scoring, storage, tables, tracking
+from sparkmed import arrivals, dataset, scoring, storage, tables, tracking
 from sparkmed.config import Config, digest
 from sparkmed.formats import archive
 from sparkmed.learning import model as models
@@ -31,15 +31,23 @@ class Pinned:
     model_digest: str
     settings: str
 
+    @property
+    def is_ensemble(self) -> bool:
+        return _is_ensemble(self.version)
+
     def key(self, volume: str) -> str:
         return scoring.key(volume, self.model_digest, self.settings)
 
     def origin(self) -> dict:
         """Columns of ``predictions/``: the MLflow run and the dataset that the model came from; an ensemble has none of its own."""
-        specs = models.specs(self.url)
-        if len(specs) > 1:
+        if self.is_ensemble:
             return {"model_run": None, "dataset_digest": None}
-        return {"model_run": self.registry.version_facts(self.version)["run_id"], "dataset_digest": specs[0].dataset.digest}
+        spec = models.read_spec(self.url)
+        return {"model_run": self.registry.version_facts(self.version)["run_id"], "dataset_digest": spec.dataset.digest}
+
+
+def _is_ensemble(version: str) -> bool:
+    return version.startswith("ensemble-")
 
 
 def pinned(config: Config) -> Pinned:
@@ -47,6 +55,11 @@ def pinned(config: Config) -> Pinned:
     registry = tracking.of(config)
     registry.check()
     url, version = common.scored(config, registry)
+    return at(config, registry, version, url)
+
+
+def at(config: Config, registry: tracking.Registry, version: str, url: str) -> Pinned:
+    """A version by its copy in the lake."""
     return Pinned(registry, version, url, common.model_digest(url), common.settings_digest(config, url))
 
 
@@ -70,9 +83,8 @@ def plan(config: Config, champion: Pinned) -> Plan:
     """What the ledger does not hold for (volume, model, settings); a function of the tables and the config alone."""
     rows = {champion.key(r["uid"]): r for r in common.volume_rows(config)}
     ledger = tables.predictions(config.lake).read(["key", "volume", "scored_at"]).to_pydict()
-    seen = tables.seen(config.lake).read(["uid", "first_seen"]).to_pydict()
     now = datetime.datetime.now(datetime.UTC)
-    first = {r["uid"]: now for r in rows.values()} | dict(zip(seen["uid"], seen["first_seen"], strict=True))
+    first = {r["uid"]: now for r in rows.values()} | arrivals.remembered(config.lake)
     for volume, moment in zip(ledger["volume"], ledger["scored_at"], strict=True):
         first[volume] = min(first.get(volume, moment), moment)
     scored = frozenset(ledger["key"]) & rows.keys()
@@ -102,9 +114,9 @@ def _wanted(config: Config, uid: str, first_seen: datetime.datetime) -> bool:
 
 
 def failures(config: Config) -> list[dict]:
-    """Quarantine rows of predictions: ``key``, ``uri``, ``reason``, ``attempt``."""
+    """Quarantine rows of predictions: ``key``, ``uri``, ``reason``, ``attempt``, ``refused_at``."""
     where = (pc.field("stage") == spark_score.STAGE) & pc.field("key").is_valid()
-    return tables.quarantine(config.lake).read(["key", "uri", "reason", "attempt"], where).to_pylist()
+    return tables.quarantine(config.lake).read(["key", "uri", "reason", "attempt", "refused_at"], where).to_pylist()
 
 
 def _parked(config: Config) -> frozenset[str]:
@@ -192,7 +204,7 @@ def trace(config: Config, name: str) -> dict:
 
 def _classes(config: Config, row: dict) -> Sequence[str]:
     """Names of the classes that were predicted, by the copy of the model; numbers when the lake has none any more."""
-    if row["model_version"].startswith("ensemble-"):
+    if _is_ensemble(row["model_version"]):
         url = dataset.pinned_model(config.lake, row["model_digest"])
     else:
         url = storage.join(config.lake, "models", storage.component(row["model_name"]), row["model_version"])
@@ -228,12 +240,12 @@ def _now(uri: str, sha256: str) -> str:
 def _training(config: Config, row: dict, model: dict) -> tuple[dict, dict]:
     """What is known of the model and of what it was trained on; from its spec as long as that is the one that predicted."""
     training = {"dataset_digest": row["dataset_digest"]}
-    if row["model_version"].startswith("ensemble-"):
+    if _is_ensemble(row["model_version"]):
         url = dataset.pinned_model(config.lake, row["model_digest"])
         if not storage.exists(url):
             return model | {"members": "the lake has no copy of it any more"}, training
         spec = models.read_spec(url, row["model_digest"])
-        return model | {"members": [m.model_dump() for m in spec.members]}, {"of": "its members"}
+        return model | {"members": [m.model_dump() for m in spec.members]}, training | {"networks": _learnt_from(config, url)}
     registry = tracking.of(config)
     try:
         url = registry.fetch(row["model_version"], config.lake)
@@ -250,9 +262,23 @@ def _training(config: Config, row: dict, model: dict) -> tuple[dict, dict]:
         "champion": registry.champion() == row["model_version"],
         "promotion": registered.get("sparkmed.promotion"),
     }
-    where = storage.join(config.lake, "datasets", spec.dataset.name, spec.dataset.version) if spec.dataset.name else None
-    facts = {"dataset": where, "dataset_digest": spec.dataset.digest, "seed": spec.seed}
+    (facts, *first) = _learnt_from(config, url)
+    if first:
+        facts["first_of_the_cascade"] = first
     return model, facts | {"training": registered.get("sparkmed.training"), "config_digest": registered.get("sparkmed.config")}
+
+
+def _learnt_from(config: Config, url: str) -> list[dict]:
+    """Per network of a model what it was trained on: of a cascade the first comes last."""
+    datasets = storage.join(config.lake, "datasets")
+    return [
+        {
+            "dataset": storage.join(datasets, s.dataset.name, s.dataset.version) if s.dataset.name else None,
+            "dataset_digest": s.dataset.digest,
+            "seed": s.seed,
+        }
+        for s in models.specs(url)
+    ]
 
 
 def _plain(value):

@@ -53,7 +53,7 @@ def _score(config: Config, folder: str | None) -> dict:
         refused += len(batch) - sum(len(w.keys) for w in written)
     if todo:
         predictions.compact(spark_score.STAGE)
-    alarms = watch(config)["alarms"] if champion.registry.champion() else "none"  # an ensemble needs no champion
+    alarms = watch(config, champion)["alarms"]
     common.require_few(refused + len(plan.parked), len(plan.rows), config.score.max_refused, "score.max_refused", "volumes")
     counts = {"scored": done, "before": len(plan.scored), "refused": refused, "parked": len(plan.parked), "waiting": waiting}
     return {"version": champion.version, **counts, "alarms": alarms}
@@ -91,24 +91,39 @@ def _predict(
 
 
 def _park(config: Config, champion: ledger.Pinned, refusals: list[spark_score.Refusal], predicted: Set[str]):
-    """Write refusals down under the key that they stand for; of one that may pass which attempt it was, of the others once. What
-    was ``predicted`` all the same has attempt 0: should its commit fail, it is to be scored again."""
-    if not refusals:
-        return
-    before = ledger.failures(config)
-    known = {(r["key"], r["uri"], r["reason"]) for r in before}
-    attempts: dict[str, int] = {}
-    for r in before:
-        attempts[r["key"]] = max(attempts.get(r["key"], 0), r["attempt"] or 0)
-    rows = []
-    for r in refusals:
-        key, passing = champion.key(r.volume), r.reason in PASSING
-        if passing or (key, r.uri, r.reason) not in known:
-            attempt = 0 if key in predicted else attempts.get(key, 0) + 1 if passing else None
-            rows.append(spark_catalog.quarantine_row(r, common.lineage(config, config.score), key=key, attempt=attempt))
-    if rows:
-        table = tables.quarantine(config.lake)
-        table.commit([table.write(rows)])
+    """Write refusals down once under the key that they stand for; of those that may pass which attempt it was. What was
+    ``predicted`` all the same has attempt 0: should its commit fail, it is to be scored again."""
+    table, writer = tables.quarantine(config.lake), f"{spark_score.STAGE}-refused"
+    while refusals:
+        number = table.committed(writer)
+        before = ledger.failures(config)
+        known = {(r["key"], r["uri"], r["reason"], r["attempt"]) for r in before}
+        last: dict[str, tuple[int, datetime.datetime]] = {}
+        for r in before:
+            if r["attempt"]:
+                last[r["key"]] = max(last.get(r["key"], (0, r["refused_at"])), (r["attempt"], r["refused_at"]))
+        rows = []
+        for r in refusals:
+            key = champion.key(r.volume)
+            attempt = 0 if key in predicted else _attempt(last.get(key), config) if r.reason in PASSING else None
+            if (key, r.uri, r.reason, attempt) not in known:
+                rows.append(spark_catalog.quarantine_row(r, common.lineage(config, config.score), key=key, attempt=attempt))
+        if not rows:
+            return
+        try:
+            table.commit([table.write(rows)], (writer, number + 1))
+            return
+        except tables.Conflict:  # a rival has written some of them down
+            continue
+
+
+def _attempt(last: tuple[int, datetime.datetime] | None, config: Config) -> int:
+    """The how-manieth attempt a failure of now is, after the number and the moment of the last one."""
+    if last is None:
+        return 1
+    number, moment = last
+    hours = (datetime.datetime.now(datetime.UTC) - moment) / datetime.timedelta(hours=1)
+    return number + (hours >= config.score.attempt_hours)
 
 
 def seg_folder(config: Config) -> str | None:

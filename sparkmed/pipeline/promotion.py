@@ -5,11 +5,12 @@ import json
 import logging
 import math
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparkmed import arrivals, cohort, drift, gates, scoring, storage, tables, tracking
 from sparkmed.config import Config, digest
-from sparkmed.pipeline import common
+from sparkmed.pipeline import common, ledger
 from sparkmed.rejection import InputError
 from sparkmed.spark import score as spark_score
 
@@ -30,11 +31,16 @@ def promote(config: Config) -> dict:
     common.require_same_classes(config, registry, challenger, champion)
     test = [r for r in common.labelled_rows(config) if r["split"] == "test"]
     groups = cohort.groups(test, config, common.key_of(config)[0])
-    decided = _decision(config, registry, challenger, champion, test, groups)
+    urls = {v: registry.fetch(v, config.lake) for v in (challenger, champion) if v}
+    facts = {"test": _test_digest(test), "grouping": digest(groups)[:16]}
+    settings = [common.judged_under(config, url) for url in urls.values()]
+    if any(settings):
+        facts["settings"] = digest(settings)[:16]
+    decided = _decision(config, registry, challenger, champion, facts)
     if decided:
         return {"champion": champion, "action": decided["action"], "reason": decided["reason"]}
-    ours = _evaluated(config, registry, challenger, test)
-    theirs = None if champion is None else _evaluated(config, registry, champion, test)
+    ours, *others = (_evaluated(config, version, url, test) for version, url in urls.items())
+    theirs = others[0] if others else None
     megavoxels = {r["uid"]: math.prod(r["shape"][1:]) / 1e6 for r in test}
     judged, numbers = gates.judge(config.promote, ours, theirs, champion, groups, megavoxels, config.seed)
     failed = [g.says for g in judged if g.passed is False]
@@ -43,7 +49,7 @@ def promote(config: Config) -> dict:
     if not failed and champion is None:
         reason += "; no champion yet"
     reason = "; ".join([reason, *unjudged])
-    numbers |= {"test": _test_digest(test), "grouping": digest(groups)[:16]}
+    numbers |= facts
     before = _promoted(config, registry)
     then = before and json.loads(before["numbers"]).get("test")
     if then and then != numbers["test"]:
@@ -51,7 +57,7 @@ def promote(config: Config) -> dict:
         reason += f"; the test split is another than when version {before['challenger']} was promoted"
         log.warning("the test split is another than when version %s was promoted", before["challenger"])
     if not failed:
-        fingerprint(config, registry, challenger, ours)
+        fingerprint(config, ledger.at(config, registry, challenger, urls[challenger]), ours)
     return _decide(config, registry, "kept" if failed else "promoted", challenger, champion, reason, numbers)
 
 
@@ -72,15 +78,15 @@ def rollback(config: Config) -> dict:
 
 
 def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:
-    """Scored rows of labelled volumes by the model at ``model_url``; each (volume, label, model) is computed once and kept."""
-    model_digest = common.model_digest(model_url)
-    table = tables.evaluations(config.lake)
-    keys = {digest([r["uid"], r["label_uid"], r["target"], model_digest])[:32]: r for r in rows}
+    """Scored rows of labelled volumes by the model at ``model_url``, as the score stage would score them; each (volume, label,
+    model, settings) is computed once and kept."""
+    table, model_digest = tables.evaluations(config.lake), common.model_digest(model_url)
+    keys = _keys(config, model_url, rows)
     known = {r["key"]: r for r in table.rows() if r["key"] in keys}
     todo = [r for k, r in keys.items() if k not in known]
     if todo:
         scored, rejections = spark_score.predict(
-            common.spark_of(config), todo, model_url, config.train.device, imports=config.imports,
+            common.spark_of(config), todo, model_url, config.train.device, settings=config.score.numbers, imports=config.imports,
             scratch=storage.join(config.lake, "scratch"), split_mb=config.score.split_mb,
         )  # fmt: skip
         if rejections:
@@ -96,22 +102,28 @@ def evaluate(config: Config, model_url: str, rows: list[dict]) -> list[dict]:
     return sorted(known.values(), key=lambda r: (r["subject"], r["volume"]))
 
 
-def fingerprint(config: Config, registry: tracking.Registry, version: str, judged: list[dict] | None = None) -> list[dict]:
+def _keys(config: Config, model_url: str, rows: list[dict]) -> dict[str, dict]:
+    """Volume rows by their key in ``evaluations/``."""
+    of_model = [common.model_digest(model_url), *common.judged_under(config, model_url)]
+    return {digest([r["uid"], r["label_uid"], r["target"], *of_model])[:32]: r for r in rows}
+
+
+def fingerprint(config: Config, of: ledger.Pinned, judged: list[dict] | None = None) -> list[dict]:
     """Rows of ``fingerprints/``: what the volumes that a version was judged on are like, and what it said about them.
 
     Made when the version is promoted, from ``judged``, its rows of the test split; of a version that has none under the present
     grouping, from those rows of ``evaluations/`` whose volumes are in the test split now. Kept for good: after a rollback it is
     there. Training volumes do not count, for of them a model is surer than of new ones.
     """
-    model_digest = common.model_digest(registry.fetch(version, config.lake))
-    table, name = tables.fingerprints(config.lake), digest(model_digest, config.groups)[:16]
+    table = tables.fingerprints(config.lake)
+    name = digest(of.model_digest, config.groups, *common.judged_under(config, of.url))[:16]
     known = table.rows(pc.field("set") == name)
     if known:
         return known
     test = {r["uid"]: r for r in common.volume_rows(config) if r["split"] == "test"}
     if judged is None:
-        found = tables.evaluations(config.lake).rows(pc.field("model_digest") == model_digest)
-        judged = list({r["volume"]: r for r in found if r["volume"] in test}.values())
+        keys = pa.array(sorted(_keys(config, of.url, list(test.values()))), pa.string())
+        judged = tables.evaluations(config.lake).rows(pc.field("key").isin(keys))
     if not judged:
         return []
     groups = cohort.groups(list(test.values()), config, common.key_of(config)[0])
@@ -120,9 +132,9 @@ def fingerprint(config: Config, registry: tracking.Registry, version: str, judge
     )
     facts = {
         "set": name,
-        "model_name": registry.model,
-        "model_version": version,
-        "model_digest": model_digest,
+        "model_name": of.registry.model,
+        "model_version": of.version,
+        "model_digest": of.model_digest,
         "test": _test_digest(list(test.values())),
         "made_at": datetime.datetime.now(datetime.UTC),
         **common.lineage(config, config.groups),
@@ -137,7 +149,8 @@ def fingerprint(config: Config, registry: tracking.Registry, version: str, judge
     for r in rows:
         r |= facts | {"key": digest([name, r["source"], r["figure"]])[:32]}
     common.commit_once(table, rows, "fingerprint")
-    registry.note(version, "sparkmed.fingerprint", name)
+    if not of.is_ensemble:
+        of.registry.note(of.version, "sparkmed.fingerprint", name)
     return rows
 
 
@@ -146,8 +159,8 @@ def sources(groups: dict[str, str]) -> list[str]:
     return [f"{k}={v}" for k, v in groups.items()]
 
 
-def _evaluated(config: Config, registry: tracking.Registry, version: str, test: list[dict]) -> list[dict]:
-    rows = evaluate(config, registry.fetch(version, config.lake), test)
+def _evaluated(config: Config, version: str, url: str, test: list[dict]) -> list[dict]:
+    rows = evaluate(config, url, test)
     if not scoring.subject_scores(rows):
         raise common.StageFailed(f"version {version} has no score on the test split: its labels are empty")
     return rows
@@ -159,10 +172,10 @@ def _promoted(config: Config, registry: tracking.Registry) -> dict | None:
     return max(rows, key=lambda r: r["decided_at"], default=None)
 
 
-def _decision(config: Config, registry, challenger: str, champion: str | None, test: list[dict], groups: dict) -> dict | None:
-    """The decision that was made about these two versions on this test split, so grouped, under these gates, if one was."""
+def _decision(config: Config, registry, challenger: str, champion: str | None, facts: dict) -> dict | None:
+    """The decision that was made about these two versions under these gates, if one was; ``facts`` are the digests of the test
+    split, of how it is grouped and of how both are scored, if otherwise than they were validated."""
     wanted = (registry.model, challenger, champion, digest(config.promote)[:16])
-    facts = {"test": _test_digest(test), "grouping": digest(groups)[:16]}
     for r in tables.promotions(config.lake).rows():
         if (r["model_name"], r["action"], r["champion"]) == (registry.model, "rolled back", challenger):
             return r | {"action": "kept", "reason": f"version {challenger} was rolled back: train another"}

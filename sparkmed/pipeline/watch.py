@@ -9,12 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sparkmed import arrivals, cohort, drift, tables, tracking
+from sparkmed import arrivals, cohort, drift, scoring, tables
 from sparkmed.config import Config, digest
-from sparkmed.learning import model as models
-from sparkmed.pipeline import common
-from sparkmed.pipeline.promotion import QUARANTINED, fingerprint, sources
-from sparkmed.rejection import InputError
+from sparkmed.pipeline import common, ledger
+from sparkmed.pipeline.promotion import QUARANTINED, evaluate, fingerprint, sources
 
 log = logging.getLogger("sparkmed")
 DAY = datetime.timedelta(days=1)
@@ -22,32 +20,28 @@ STATUS = {"drift": 3, "backlog": 4, "quarantine": 5}
 """Exit status by alarm. Of several the largest: studies that are refused come before those that wait, and those before drift."""
 
 
-def watch(config: Config) -> dict:
-    """Compare what came last with the fingerprint of the champion, count what is in quarantine and what waits; one row per figure.
+def watch(config: Config, champion: ledger.Pinned | None = None) -> dict:
+    """Compare what came last with the fingerprint of the model that scores, the champion or the ensemble, count what is in
+    quarantine and what waits; one row per figure. ``champion`` is the one that a run has pinned.
 
-    A look that finds what the last one found writes nothing. Raises :class:`InputError` without a champion.
+    A model that was not judged as it scores now, such as an ensemble or one under other settings, is judged first. A look that
+    finds what the last one found writes nothing. Raises :class:`InputError` without a champion.
     """
-    registry = tracking.of(config)
-    registry.check()
-    version = registry.champion()
-    if version is None:
-        raise InputError(f"model {registry.model} has no champion: no version has passed the promote stage")
-    url = registry.fetch(version, config.lake)
-    common.require_classes(config, models.read_spec(url), f"version {version} of model {registry.model}")
-    model_digest = common.model_digest(url)
+    champion = champion or ledger.pinned(config)
     now = datetime.datetime.now(datetime.UTC)
     volumes = common.volume_rows(config)
-    kept = fingerprint(config, registry, version)
-    findings = _drift(config, kept, volumes, model_digest)
+    kept = _kept(config, champion, volumes)
+    findings = _drift(config, kept, volumes, champion)
     shares = _quarantine(config, kept, now)
-    service = _service(config, registry.model, model_digest, volumes, now)
+    service = _service(config, champion, volumes, now)
     rows = [*findings, *shares, *service]
     alarms = {name: sum(r["verdict"] in verdicts for r in rows) for name, verdicts in _VERDICTS.items()}
     told = [name for name in STATUS if alarms[name]]
     for r in rows:
         if r["verdict"] not in ("fine", "few"):
             log.warning("watch: %s", sentence(r))
-    _keep(config, rows, {"model_name": registry.model, "model_version": version, "model_digest": model_digest}, now)
+    model = {"model_name": champion.registry.model, "model_version": champion.version, "model_digest": champion.model_digest}
+    _keep(config, rows, model, now)
     judged = sum(r["verdict"] != "few" for r in findings)
     by_figure = {r["figure"]: r["value"] for r in service}
     return {
@@ -93,11 +87,29 @@ def _row(check: str, source: str, figure: str, value: float | None, verdict: str
     return {"check": check, "source": source, "figure": figure, "value": value, "verdict": verdict, **facts}
 
 
-def _drift(config: Config, kept: list[dict], volumes: list[dict], model_digest: str) -> list[dict]:
+def _kept(config: Config, champion: ledger.Pinned, volumes: list[dict]) -> list[dict]:
+    """The fingerprint of the model under the settings that it scores with; empty where there is no test split to judge it by."""
+    kept = fingerprint(config, champion)
+    test = [r for r in volumes if r["split"] == "test"]
+    if kept or not test:
+        return kept
+    log.warning("version %s was not judged as it scores now: it is, on %d test volumes", champion.version, len(test))
+    try:
+        judged = evaluate(config, champion.url, test)
+    except common.StageFailed as e:
+        log.warning("version %s is compared with nothing: %s", champion.version, e)
+        return []
+    scores = scoring.subject_scores(judged)
+    if scores:
+        log.warning("version %s: mean %.4f over %d test subjects", champion.version, statistics.fmean(scores.values()), len(scores))
+    return fingerprint(config, champion, judged)
+
+
+def _drift(config: Config, kept: list[dict], volumes: list[dict], champion: ledger.Pinned) -> list[dict]:
     reference = {(r["source"], r["figure"]): _sample(r) for r in kept if r["figure"] != QUARANTINED}
     if not reference:
         return []
-    new = _newest(config, volumes, model_digest)
+    new = _newest(config, volumes, champion)
     rows = {r["uid"]: r for r in volumes if r["uid"] in new}
     groups = cohort.groups(list(rows.values()), config, common.key_of(config)[0])
     current = drift.samples(
@@ -117,22 +129,22 @@ def _sample(row: dict) -> drift.Sample:
     return drift.Sample(np.array(row["values"]), np.array(row["edges"]))
 
 
-def _newest(config: Config, volumes: list[dict], model_digest: str) -> dict[str, dict]:
-    """By uid the champion's predictions of the volumes that came last, of those that it was neither trained nor judged on.
+def _newest(config: Config, volumes: list[dict], champion: ledger.Pinned) -> dict[str, dict]:
+    """By uid the champion's predictions, as it scores now, of the volumes that came last, of those that it was neither trained nor
+    judged on.
 
     Not of those that it scored last: a backfill ends every night with the oldest ones, for weeks.
     """
-    judged = tables.evaluations(config.lake).read(["volume"], pc.field("model_digest") == model_digest)["volume"].to_pylist()
+    of_model = pc.field("model_digest") == champion.model_digest
+    judged = tables.evaluations(config.lake).read(["volume"], of_model)["volume"].to_pylist()
     known = {r["uid"] for r in volumes if r["split"] not in ("train", "val")} - set(judged)
-    ledger = tables.predictions(config.lake)
-    light = ledger.read(["volume", "scored_at"], pc.field("model_digest") == model_digest).to_pylist()
+    table, mine = tables.predictions(config.lake), of_model & (pc.field("config_digest") == champion.settings)
+    light = table.read(["volume", "scored_at"], mine).to_pylist()
     last = {r["volume"]: r["scored_at"] for r in sorted(light, key=lambda r: r["scored_at"]) if r["volume"] in known}
-    seen = tables.seen(config.lake).read(["uid", "first_seen"]).to_pydict()
-    came = last | {u: moment for u, moment in zip(seen["uid"], seen["first_seen"], strict=True) if u in last}
+    came = last | {u: moment for u, moment in arrivals.remembered(config.lake).items() if u in last}
     chosen = sorted(last, key=lambda u: (came[u], last[u], u))[-config.watch.window :]
     columns = ["volume", "subject", "ml", "probability", "quantiles", "scored_at"]
-    theirs = (pc.field("model_digest") == model_digest) & pc.field("volume").isin(pa.array(chosen, pa.string()))
-    rows = ledger.read(columns, theirs).to_pylist()
+    rows = table.read(columns, mine & pc.field("volume").isin(pa.array(chosen, pa.string()))).to_pylist()
     return {r["volume"]: r for r in sorted(rows, key=lambda r: r["scored_at"])}
 
 
@@ -153,22 +165,23 @@ def _quarantine(config: Config, kept: list[dict], now: datetime.datetime) -> lis
     return found
 
 
-def _service(config: Config, model: str, model_digest: str, volumes: list[dict], now: datetime.datetime) -> list[dict]:
+def _service(config: Config, champion: ledger.Pinned, volumes: list[dict], now: datetime.datetime) -> list[dict]:
     """How many volumes no version has scored and how long the oldest of them waits, what the champion has still to score, and of
     the last 24 hours how many were scored an hour at work, how long one took, and which share failed. What is in quarantine
     does not wait."""
-    done = tables.predictions(config.lake).read(["volume", "model_name", "model_digest", "scored_at", "seconds"]).to_pylist()
-    done = [r for r in done if r["model_name"] == model]
+    columns = ["volume", "model_name", "model_digest", "scored_at", "seconds", "batch"]
+    done = tables.predictions(config.lake).read(columns).to_pylist()
+    done = [r for r in done if r["model_name"] == champion.registry.model]
     columns = ["uri", "stage", "reason", "key", "refused_at", "attempt"]
     kept_out = tables.quarantine(config.lake).read(columns, pc.field("stage") == "score").to_pylist()
     held = arrivals.parked(kept_out, config.score.attempts)
-    by_any, by_champion = {r["volume"] for r in done}, {r["volume"] for r in done if r["model_digest"] == model_digest}
+    by_any, by_champion = {r["volume"] for r in done}, {r["volume"] for r in done if r["model_digest"] == champion.model_digest}
     free = [r for r in volumes if r["uid"] in by_any or not held & set(r["sources"])]
     waiting = [r for r in free if r["uid"] not in by_any]
     found = [_row("service", arrivals.ALL, "backlog volumes", float(len(waiting)))]
     if waiting:
-        seen = arrivals.first_seen(config.lake, waiting)
-        days = max(((now - moment) / DAY for moment in seen.values()), default=0.0)
+        seen = arrivals.first_seen(config.lake, waiting) | arrivals.remembered(config.lake)
+        days = max(((now - seen[r["uid"]]) / DAY for r in waiting if r["uid"] in seen), default=0.0)
         verdict = "backlog" if days > config.watch.backlog_days else "fine"
         found.append(_row("service", arrivals.ALL, "days that the oldest unscored volume waits", days, verdict))
     left = sum(r["uid"] not in by_champion for r in free)
@@ -176,22 +189,29 @@ def _service(config: Config, model: str, model_digest: str, volumes: list[dict],
     today = [r for r in done if r["scored_at"] > now - DAY]
     failed = {r["uri"] for r in kept_out if r["refused_at"] > now - DAY and r["attempt"] != 0}
     if today:
-        hours = (max(r["scored_at"] for r in today) - min(r["scored_at"] for r in today)) / datetime.timedelta(hours=1)
-        first = min(today, key=lambda r: r["scored_at"])
-        rate = len(today) / (hours + first["seconds"] / 3600)
-        found.append(_row("service", arrivals.ALL, "volumes per hour", rate))
+        found.append(_row("service", arrivals.ALL, "volumes per hour", 3600 * len(today) / _seconds_at_work(today)))
         found.append(_row("service", arrivals.ALL, "seconds per volume", statistics.median(r["seconds"] for r in today)))
     broken = sum(bool(failed & set(r["sources"])) for r in volumes) if failed else 0
     if today or broken:
-        found.append(_row("service", arrivals.ALL, "share failed", broken / (broken + len(today))))
+        share, enough = broken / (broken + len(today)), broken + len(today) >= config.watch.minimum
+        verdict = "quarantine" if enough and share > config.score.max_refused else "fine"
+        found.append(_row("service", arrivals.ALL, "share failed", share, verdict))
     return found
+
+
+def _seconds_at_work(scored: list[dict]) -> float:
+    """How long the runs that scored these volumes were at it, the pauses between runs left out."""
+    runs: dict[str, list[dict]] = {}
+    for r in sorted(scored, key=lambda r: r["scored_at"]):
+        runs.setdefault((r["batch"] or "").partition("/")[0], []).append(r)
+    return sum((of[-1]["scored_at"] - of[0]["scored_at"]).total_seconds() + of[0]["seconds"] for of in runs.values())
 
 
 def _keep(config: Config, rows: Iterable[dict], model: dict, now: datetime.datetime):
     """Commit the rows of this look, unless the last one was of the same: what only grows with the clock is no news, a wait is."""
     table = tables.watch(config.lake)
     passing = ("volumes per hour", "seconds per volume", "share failed")
-    news = [r for r in rows if r["figure"] not in passing]
+    news = [r for r in rows if r["figure"] not in passing or r["verdict"] != "fine"]
     told = sorted([r["check"], r["source"], r["figure"], repr(r["value"]), r["verdict"]] for r in news)
     lineage = common.lineage(config, config.watch, config.groups)
     inputs = digest(told, model, lineage["config_digest"])[:16]
