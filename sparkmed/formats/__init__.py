@@ -47,6 +47,8 @@ def read_instance(member: Member, otherwise: dict | None = None) -> Instance:
         raise Refused("UNREADABLE", f"the file cannot be read ({type(e).__name__})") from None
     except (MemoryError, RecursionError, Exception) as e:
         raise Refused("BROKEN_FILE", f"the file cannot be parsed ({type(e).__name__})") from None
+    if member.ome is not None:
+        fields["header"] = to_json(json.loads(fields["header"]) | {"ome": member.ome})
     return Instance(
         uri=member.uri,
         path=member.path,
