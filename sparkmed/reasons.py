@@ -1,7 +1,8 @@
 """What the reason codes of refused files and volumes mean, in one plain sentence each."""
 
-PASSING = frozenset({"UNREADABLE", "CHANGED", "FAILED", "WORKER_LOST"})
-"""Reasons that may pass, such as a folder that is not mounted or a full disk; every other one is about the file and stays."""
+PASSING = frozenset({"UNREADABLE", "CHANGED", "FAILED", "WORKER_LOST", "NOT_INSTALLED"})
+"""Reasons that may pass, such as a folder that is not mounted, a full disk or a package that is not there; every other one is about
+the file and stays."""
 
 SENTENCES = {
     # archives

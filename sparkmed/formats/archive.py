@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from sparkmed import config, storage
-from sparkmed.formats import ome, ome_zarr
+from sparkmed.formats import ome, ome_zarr, zarr_array
 from sparkmed.imaging import paths
 from sparkmed.rejection import Refused, Rejection
 
@@ -52,7 +52,7 @@ _PLANE = re.compile(r"^zarr://([^:]+)::([A-Za-z0-9+.-]+://.*)$", re.DOTALL)
 _ZARR = re.compile(r"(?:[^/]*/)*?[^/]*\.zarr(?=/)", re.IGNORECASE)
 _STRAY_MESSAGES = {
     "LINK": "a link that leads out of the archive, or nowhere",
-    "NOT_INSTALLED": "OME-Zarr is read with the package zarr: pip install 'sparkmed[zarr]', for the driver and the executors",
+    "NOT_INSTALLED": zarr_array.NOT_INSTALLED,
     "SPECIAL_FILE": "neither a file nor a folder",
     "UNREADABLE": "the folder cannot be listed",
 }
@@ -111,7 +111,7 @@ def files(url: str, limits: config.Catalog | None = None) -> Iterator[storage.Fi
 
 def readable(file: storage.File) -> storage.File:
     """``file``, or a stray of size 0 where this process lacks the package for it: it is another file once that is installed."""
-    if file.folder and not ome_zarr.is_installed():
+    if file.folder and not zarr_array.is_installed():
         return dataclasses.replace(file, size=0, mtime_ns=0, stray="NOT_INSTALLED")
     return file
 

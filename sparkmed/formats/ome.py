@@ -22,7 +22,6 @@ from xml.parsers import expat
 import tifffile
 
 from sparkmed.formats import raster
-from sparkmed.formats.ome_zarr import COLUMNS, ROWS
 from sparkmed.rejection import Refused
 
 SUFFIXES = tuple(f".ome.{end}" for end in ("tif", "tiff", "tf2", "tf8", "btf"))
@@ -32,6 +31,8 @@ MOST_XML, MOST_ELEMENTS = 128 << 20, 1_000_000
 """Characters and elements of XML beyond which a file is refused."""
 MOST_BYTES = 1 << 30
 """A page of more, as it is stored, is refused: it is copied in memory."""
+ROWS, COLUMNS = 32, 48
+"""Of a plate of 1536 wells."""
 _MARK = '{"ome":'
 _MICROMETRES = {"m": 1e6, "cm": 1e4, "mm": 1e3, "um": 1.0, "µm": 1.0, "μm": 1.0, "nm": 1e-3}
 _OFFSETS, _COUNTS = (273, 324), (279, 325)  # of strips, of tiles

@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from sparkmed.formats import ome_zarr
+from sparkmed.formats import zarr_array
 from sparkmed.formats.instance import check_size, to_json
 from sparkmed.rejection import Refused
 
@@ -33,7 +33,7 @@ def recognise(head: bytes) -> str:
         return "png"
     if head.startswith(_JPEG):
         return "jpeg"
-    if head.startswith(ome_zarr.MAGIC):
+    if head.startswith(zarr_array.MAGIC):
         return "zarr"
     return "tiff" if head.startswith(_TIFF) else ""
 
@@ -120,7 +120,7 @@ def read_header(stream, size: int, kind: str) -> dict:
             page = _tiff_page(stream)
             shape, mode = _tiff_shape(page), f"{page.photometric.name} {page.dtype.name}"
         elif kind == "zarr":
-            shape, mode = ome_zarr.read_header(stream, size)
+            shape, mode = zarr_array.read_header(stream, size)
         else:
             image = _open(stream)
             shape, mode = _shape(image), image.mode
@@ -183,7 +183,7 @@ def _picture(data: bytes) -> np.ndarray:
 
 def _zarr(data: bytes) -> np.ndarray:
     """(rows, columns, 1)."""
-    array = ome_zarr.read_array(io.BytesIO(data), len(data))[..., None]
+    array = zarr_array.read_array(io.BytesIO(data), len(data))[..., None]
     if array.dtype == bool:
         array = array.astype(np.uint8)
     return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -119,8 +119,8 @@ def _steps(folder: str) -> tuple[str | None, int | None, int | None]:
 def plate_folder(folder: str) -> str:
     """The folder of a plate, given one of its images: without ``TimePoint_1/ZStep_1`` and ``Images/r01c01``, up to ``P1.zarr``.
 
-    >>> plate_folder("screen/P1/TimePoint_1/ZStep_2"), plate_folder("screen/P1/Images"), plate_folder("P1")
-    ('screen/P1', 'screen/P1', 'P1')
+    >>> plate_folder("screen/P1/TimePoint_1/ZStep_2"), plate_folder("screen/P1/Images"), plate_folder("P1.zarr/A/1")
+    ('screen/P1', 'screen/P1', 'P1.zarr')
     """
     parts = folder.split("/")
     for n, part in enumerate(parts, 1):

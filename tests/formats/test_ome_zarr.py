@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from sparkmed import config, formats, storage
-from sparkmed.formats import archive, ome_zarr, raster
+from sparkmed.formats import archive, raster, zarr_array
 from sparkmed.hcs import fields
 from sparkmed.rejection import Refused, Rejection
 
@@ -335,12 +335,23 @@ def test_parts_together_are_the_whole(tmp_path, monkeypatch):
 def test_without_the_package_a_plate_is_refused_once_and_taken_up_when_it_is_there(tmp_path, monkeypatch):
     path = small(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(ome_zarr, "is_installed", lambda: False)
+        patched.setattr(zarr_array, "is_installed", lambda: False)
         assert stamp(path) == (0, 0)
         (refused,) = listed(path)
     assert refused.reason == "NOT_INSTALLED" and "sparkmed[zarr]" in refused.message and refused.uri == path.as_uri()
     (file,) = archive.files(str(path))
     assert file.size and archive.readable(file) == file
+    member = next(iter(archive.members(file)))
+    monkeypatch.setattr(zarr_array, "is_installed", lambda: False)
+    with pytest.raises(Refused, match="NOT_INSTALLED"):  # of an executor without it
+        raster.read_array(member.read())
+
+
+def test_a_folder_of_another_name_is_no_plate_and_the_reason_says_so(tmp_path):
+    small(tmp_path).rename(tmp_path / "plate")
+    _, refused = formats.read_headers(str(tmp_path))
+    assert {r.reason for r in refused} == {"UNKNOWN_FORMAT"}
+    assert "names end with .zarr" in next(r.message for r in refused if r.uri.endswith("plate/.zattrs"))
 
 
 # digests
@@ -419,6 +430,7 @@ BROKEN = {  # what is refused, why; the other planes of 6 are read
     "no wells": (of_plate(wells=[]), "BROKEN_ZARR", 0),
     "too many wells": (of_plate(wells=A * 2000), "BROKEN_ZARR", 0),
     "name": (of_plate(name=["P"]), "BROKEN_ZARR", 0),
+    "long name": (of_plate(name="P" * 201), "BROKEN_ZARR", 0),
     "well twice": (of_plate(wells=A + A + C), "A/1 BROKEN_ZARR", 2),
     "well not listed": (of_plate(wells=C), "A/1 NOT_IN_INDEX", 2),
     "row outside": (first_well(path="J/1"), "A/1 NOT_IN_INDEX, J/1 BROKEN_ZARR", 2),
@@ -604,7 +616,7 @@ def test_zstd_that_does_not_say_how_long_it_is(tmp_path):
     with pa.CompressedOutputStream(out, "zstd") as stream:
         stream.write(array.tobytes())
     data = out.getvalue().to_pybytes()
-    size, said = ome_zarr._zstd_size(data)
+    size, said = zarr_array._zstd_size(data)
     assert size >= array.nbytes and not said
     (path / "A/1/0/0/0.0").write_bytes(data)
     (member,) = listed(path)
@@ -690,6 +702,13 @@ def test_in_an_archive_it_is_refused_once(tmp_path):
         (f"file://{tmp_path}/d.ozx", "UNSUPPORTED_ARCHIVE"),
     ]
     assert [m.path for m in found if not isinstance(m, Rejection)] == ["a.zip/other.txt"]
+
+
+def test_texts_of_no_encoding_can_be_written(tmp_path):
+    path = small(tmp_path, labels=["a", "\ud800"], name="P\udcff")
+    members = listed(path)
+    assert json.dumps([m.ome for m in members], ensure_ascii=False).encode()
+    assert (members[1].ome["plate"], members[1].ome["channel"]) == ("P\\udcff", "\\ud800")
 
 
 def test_names_that_are_not_utf8(tmp_path):
