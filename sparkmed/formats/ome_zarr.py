@@ -324,9 +324,9 @@ class Plate:
     def _unnamed(self, path: str, named: set[str]) -> Iterator[tuple[str, Refused]]:
         """What is in a group and is named by nothing."""
         try:
-            listing = storage.folder(storage.join(self.store.url, path) if path else self.store.url)
-        except OSError as e:
-            yield path, Refused("UNREADABLE", f"the folder cannot be listed: {type(e).__name__}")
+            listing = self.store.folder(path)
+        except Refused as e:
+            yield path, e
             return
         for name, inner in listing:
             where = posixpath.join(path, storage.spelt(name))

@@ -234,7 +234,16 @@ class Store:
             if os.path.realpath(os.path.join(self._real, path)) != os.path.join(self._real, path):
                 raise Refused("LINK", "a link inside a Zarr is not followed")
 
+    def folder(self, path: str) -> list[tuple[str, bool]]:
+        """As :func:`storage.folder`; raises ``LINK``, ``UNREADABLE``."""
+        self._require_no_link([path] if path else [])
+        try:
+            return storage.folder(storage.join(self.url, path) if path else self.url)
+        except (OSError, ValueError) as e:
+            raise Refused("UNREADABLE", f"the folder cannot be listed: {type(e).__name__}") from None
+
     def fetch(self, paths: list[str], most: int) -> list[bytes | None]:
+        """As :func:`storage.read_each`; raises ``LINK``, ``UNREADABLE``."""
         self._require_no_link(paths)
         try:
             return storage.read_each([storage.join(self.url, p) for p in paths], most)
@@ -242,6 +251,7 @@ class Store:
             raise Refused("UNREADABLE", f"the file cannot be read: {type(e).__name__}") from None
 
     def array(self, path: str) -> Array | None:
+        """The array at ``path``, None where there is none; raises as :func:`parse` does."""
         if path not in self._arrays:
             new, old = self.fetch([f"{path}/zarr.json", f"{path}/.zarray"], MOST_METADATA + 1)
             if new is None and old is None:

@@ -551,6 +551,9 @@ def test_links_are_not_followed(tmp_path):
     shutil.move(path / "A/1/1", tmp_path / "elsewhere")
     (path / "A/1/1").symlink_to(tmp_path / "elsewhere")
     assert codes(path) == ([("A/1/1", "LINK"), ("C/12/0/0?c=0", "LINK")], 3)
+    shutil.move(path / "C", tmp_path / "row")
+    (path / "C").symlink_to(tmp_path / "row")
+    assert codes(path) == ([("A/1/1", "LINK"), ("C", "LINK"), ("C/12", "LINK")], 2)
 
 
 SHARDED = {
