@@ -582,8 +582,8 @@ class Score(Section):
     split_mb: Annotated[float, Field(gt=0)] | None = None
     """A segmentation of more MB than that (as float32, stored or preprocessed, whichever is more) is scored in parts by several
     tasks, which hold some of its planes each, with the same result; between them files of the size of the image and, about twice,
-    of its probabilities lie below the lake; one task still holds all voxels while it preprocesses them, and one the label map. None:
-    none is. Ensembles and cascades are not cut."""
+    of its probabilities lie below the lake; one task holds all voxels while it preprocesses them, and one the label map. None: none
+    is. Ensembles and cascades are not cut."""
     commit_every: Positive = 256
     """Volumes per commit to the predictions table."""
     max_refused: Share = 0.1

@@ -1,7 +1,8 @@
 """What the reason codes of refused files and volumes mean, in one plain sentence each."""
 
-PASSING = frozenset({"UNREADABLE", "CHANGED", "FAILED", "WORKER_LOST"})
-"""Reasons that may pass, such as a folder that is not mounted or a full disk; every other one is about the file and stays."""
+PASSING = frozenset({"UNREADABLE", "CHANGED", "FAILED", "WORKER_LOST", "NOT_INSTALLED"})
+"""Reasons that may pass, such as a folder that is not mounted, a full disk or a package that is not there; every other one is about
+the file and stays."""
 
 SENTENCES = {
     # archives
@@ -14,6 +15,7 @@ SENTENCES = {
     "ESCAPES_FOLDER": "The member's name leads out of its archive.",
     "LINK": "A link inside an archive, or one that leads out of it, is not followed.",
     "NESTED_ARCHIVE": "An archive inside an archive is not read.",
+    "NOT_INSTALLED": "The package that reads the format is not installed.",
     "SPECIAL_FILE": "Only plain files are read, no pipes or devices.",
     "UNSUPPORTED_ARCHIVE": "Only zip and tar archives are read.",
     "UNSUPPORTED_COMPRESSION": "The member is compressed by a method that is not read.",
@@ -107,6 +109,11 @@ SENTENCES = {
     "TWO_LABELS": "The label table names the image twice.",
     # plates
     "BAD_WELL": "The name of a well is none, or the plate has no such well.",
+    "BAD_AXES": "The axes of the OME-Zarr image are not some of t, c, z, y, x in this order.",
+    "BROKEN_ZARR": "The metadata of the OME-Zarr plate are damaged or incomplete, or contradict each other.",
+    "MISSING_CHUNK": "A chunk of the image plane is not there, so nobody knows what it showed.",
+    "NOT_A_PLATE": "Of OME-Zarr only plates are read; this is an image, or another group.",
+    "OTHER_VERSION": "The OME-Zarr is of a version that is not read.",
     "BROKEN_INDEX": "The vendor's index of a plate is damaged, incomplete, or not of its kind.",
     "BROKEN_PLATEMAP": "The plate map or the table of barcodes is damaged, or lacks a column.",
     "BAD_ENTRY": "What the plate map says of the well cannot be right.",
@@ -115,10 +122,10 @@ SENTENCES = {
     "FIELD_SIZE": "The image has another size than the plate's fields, or colours.",
     "INDEX_MISMATCH": "The name of the file and the vendor's index contradict each other.",
     "MISSING_CHANNEL": "A channel of the field is missing.",
-    "MISSING_FILE": "Files that the vendor's index names are not there.",
+    "MISSING_FILE": "Files that the vendor's index, or the metadata of the plate, name are not there.",
     "NO_PROJECTION": "The image is a plane of a z-stack without the projection that the config asks for.",
     "NO_ENTRY": "The plate map does not know the well.",
-    "NOT_IN_INDEX": "The vendor's index does not name the image.",
+    "NOT_IN_INDEX": "The vendor's index, or the metadata of the plate, do not name the image.",
     "TWO_ENTRIES": "The plate map, or the table of barcodes, has two entries where one is wanted.",
     "UNKNOWN_BARCODE": "No plate map belongs to the plate.",
     "UNKNOWN_NAME": "The name of the file follows no convention that the config allows.",

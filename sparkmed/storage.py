@@ -1,6 +1,7 @@
 """The one place where URLs are opened: any fsspec URL, and plain local paths."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -20,7 +21,10 @@ class File:
     """A file below a folder: ``uri``, ``path`` relative to that folder with forward slashes, bytes, modification time.
 
     ``stray`` is why it cannot be read as a file of that folder: ``LINK`` (it leads out of the folder, or nowhere), ``SPECIAL_FILE``
-    (a pipe, a socket, a device), ``UNREADABLE`` (a folder that cannot be listed); "" for a plain file.
+    (a pipe, a socket, a device), ``UNREADABLE`` (a folder that cannot be listed); "" for a plain file. A ``folder`` that
+    :func:`walk` was to take for one file has the bytes of all files below it; its time is that of the newest one to the
+    millisecond, and below that a digest of all their names, sizes and times: it is another whenever any of them is. ``part`` is
+    which of how many parts of such a folder is meant, counted from 0.
     """
 
     uri: str
@@ -28,6 +32,8 @@ class File:
     size: int
     mtime_ns: int
     stray: str = ""
+    folder: bool = False
+    part: tuple[int, int] = (0, 1)
 
 
 def absolute(url: str | os.PathLike) -> str:
@@ -91,29 +97,32 @@ def spelt(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def walk(url: str) -> Iterator[File]:
+def walk(url: str, whole: tuple[str, ...] = ()) -> Iterator[File]:
     """All files below ``url`` in the order of their paths as :func:`spelt` spells them; a single file is itself.
 
-    Links within the folder are files like others, but those to folders are passed over: what is in there comes under its own path.
-    Raises :class:`FileNotFoundError` when there is nothing at ``url``.
+    A folder whose name ends with one of ``whole`` (in lower case) is one file, also when it is ``url``. Links within the folder are
+    files like others, but those to folders are passed over: what is in there comes under its own path. Raises
+    :class:`FileNotFoundError` when there is nothing at ``url``.
     """
     root = local_path(url)
-    yield from _walk_local(root) if root is not None else _walk_remote(url)
+    yield from _walk_local(root, whole) if root is not None else _walk_remote(url, whole)
 
 
-def _walk_local(root: pathlib.Path) -> Iterator[File]:
+def _walk_local(root: pathlib.Path, whole: tuple[str, ...]) -> Iterator[File]:
     if root.is_file():
         status = root.stat()
         yield File(f"file://{root}", root.name, status.st_size, status.st_mtime_ns)
         return
     if not root.is_dir():
         raise FileNotFoundError(root)
+    if root.name.lower().endswith(whole):
+        yield _as_one(f"file://{root}", root.name, _listed_local(str(root)))
+        return
 
     # one level is held at a time; a name sorts as its whole path would ("a.b" before "a/b")
     def entries(folder: str, prefix: str):
         try:
-            with os.scandir(folder) as listing:
-                found = sorted(listing, key=lambda e: spelt(e.name) + ("/" if e.is_dir(follow_symlinks=False) else ""))
+            found = _scanned(folder, whole)
         except OSError:
             if folder == str(root):
                 raise
@@ -121,7 +130,10 @@ def _walk_local(root: pathlib.Path) -> Iterator[File]:
             return
         for entry in found:
             if entry.is_dir(follow_symlinks=False):
-                yield from entries(entry.path, f"{prefix}{entry.name}/")
+                if entry.name.lower().endswith(whole):
+                    yield _as_one(f"file://{entry.path}", prefix + entry.name, _listed_local(entry.path))
+                else:
+                    yield from entries(entry.path, f"{prefix}{entry.name}/")
                 continue
             try:
                 stray = _stray(entry, root)
@@ -137,6 +149,43 @@ def _walk_local(root: pathlib.Path) -> Iterator[File]:
     yield from entries(str(root), "")
 
 
+def _scanned(folder: str, whole: tuple[str, ...] = ()) -> list[os.DirEntry]:
+    """The entries of a folder in the order of the paths below them."""
+
+    def key(entry: os.DirEntry) -> str:
+        inner = entry.is_dir(follow_symlinks=False) and not entry.name.lower().endswith(whole)
+        return spelt(entry.name) + ("/" if inner else "")
+
+    with os.scandir(folder) as listing:
+        return sorted(listing, key=key)
+
+
+def _listed_local(folder: str, prefix: str = "") -> Iterator[tuple[str, int, int]]:
+    """(path, bytes, time in ns) of all that is below a folder and no folder; links are not followed."""
+    try:
+        found = _scanned(folder)
+    except OSError:
+        yield prefix + "?", 0, 0  # another listing than the one when it could be read
+        return
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _listed_local(entry.path, f"{prefix}{entry.name}/")
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            status = entry.stat(follow_symlinks=False)
+            yield prefix + entry.name, status.st_size, status.st_mtime_ns
+
+
+def _as_one(uri: str, path: str, listed: Iterator[tuple[str, int, int]]) -> File:
+    """The folder of which these are all files."""
+    size, newest, digest = 0, 0, hashlib.sha256()
+    for name, length, changed in listed:
+        size, newest = size + length, max(newest, changed)
+        digest.update(f"{spelt(name)}\0{length}\0{changed}\n".encode())
+    told = int.from_bytes(digest.digest()[:8]) % 1_000_000
+    return File(uri, path, size, newest // 1_000_000 * 1_000_000 + told, folder=True)
+
+
 def _stray(entry: os.DirEntry, root: pathlib.Path) -> str:
     if entry.is_symlink() and not (_inside(entry.path, root) and os.path.exists(entry.path)):
         return "LINK"
@@ -147,30 +196,61 @@ def _inside(path: str, root: pathlib.Path) -> bool:
     return os.path.realpath(path).startswith(os.path.realpath(root) + os.sep)
 
 
-def _walk_remote(url: str) -> Iterator[File]:
+def _walk_remote(url: str, whole: tuple[str, ...]) -> Iterator[File]:
     fs, root = filesystem(url)
 
     def file(info: dict, path: str) -> File:
-        changed = info.get("mtime") or info.get("LastModified") or info.get("created") or 0
-        seconds = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
-        return File(fs.unstrip_protocol(info["name"]), path, int(info["size"]), int(seconds * 1e9))
+        return File(fs.unstrip_protocol(info["name"]), path, int(info["size"]), _changed(info))
 
     # as for a local folder; an object store is asked once per folder, and its listings are not kept
     def entries(folder: str, prefix: str):
-        listing = fs.ls(folder, detail=True)
-        fs.dircache.clear()
-        names = [(posixpath.basename(i["name"].rstrip("/")), i) for i in listing if i["name"].strip("/") != folder.strip("/")]
-        for name, info in sorted(names, key=lambda n: spelt(n[0]) + ("/" if n[1]["type"] == "directory" else "")):
-            if info["type"] == "directory":
+        names = [(name, info, info["type"] == "directory") for name, info in _listing(fs, folder)]
+        one = {name for name, _, inner in names if inner and name.lower().endswith(whole)}
+        for name, info, inner in sorted(names, key=lambda n: spelt(n[0]) + ("/" if n[2] and n[0] not in one else "")):
+            if inner and name in one:
+                yield folder_of(info["name"].rstrip("/"), prefix + name)
+            elif inner:
                 yield from entries(info["name"].rstrip("/"), f"{prefix}{name}/")
             else:
                 yield file(info, prefix + name)
 
+    def folder_of(path: str, relative: str) -> File:
+        return _as_one(fs.unstrip_protocol(path), relative, _listed_remote(fs, path))
+
     top = fs.info(root)
-    if top["type"] == "directory":
+    if top["type"] == "directory" and posixpath.basename(root.rstrip("/")).lower().endswith(whole):
+        yield folder_of(root.rstrip("/"), posixpath.basename(root.rstrip("/")))
+    elif top["type"] == "directory":
         yield from entries(root, "")
     else:
         yield file(top, posixpath.basename(root))
+
+
+def _listing(fs: fsspec.AbstractFileSystem, folder: str) -> list[tuple[str, dict]]:
+    """(name, facts) of what is in a folder; the listing is not kept."""
+    listing = fs.ls(folder, detail=True)
+    fs.dircache.clear()
+    return [(posixpath.basename(i["name"].rstrip("/")), i) for i in listing if i["name"].strip("/") != folder.strip("/")]
+
+
+def _changed(info: dict) -> int:
+    """Modification time in ns, 0 where the storage knows none."""
+    changed = info.get("mtime") or info.get("LastModified") or info.get("created") or 0
+    return int((changed.timestamp() if hasattr(changed, "timestamp") else float(changed)) * 1e9)
+
+
+def _listed_remote(fs: fsspec.AbstractFileSystem, folder: str, levels: int = 2, prefix: str = "") -> Iterator[tuple[str, int, int]]:
+    """As :func:`_listed_local`. An object store is asked once per folder of two levels and then for all keys below: there may be
+    millions, in a folder of few each."""
+    for name, info in sorted(_listing(fs, folder), key=lambda n: n[0]):
+        if info["type"] != "directory":
+            yield prefix + name, int(info["size"] or 0), _changed(info)
+        elif levels:
+            yield from _listed_remote(fs, info["name"].rstrip("/"), levels - 1, f"{prefix}{name}/")
+        else:
+            found = fs.find(info["name"].rstrip("/"), detail=True)
+            fs.dircache.clear()
+            yield from ((path, int(i["size"] or 0), _changed(i)) for path, i in sorted(found.items()))
 
 
 def exists(url: str) -> bool:
@@ -184,6 +264,40 @@ def read_bytes(url: str) -> bytes:
         return path.read_bytes()
     with open(url) as f:
         return f.read()
+
+
+def read_each(urls: Sequence[str], most: int) -> list[bytes | None]:
+    """The first ``most`` bytes of files of one storage, None of one that is not there. A remote one is asked at once."""
+    if not urls:
+        return []
+    if local_path(urls[0]) is None:
+        fs, _ = filesystem(urls[0])
+        paths = [filesystem(u)[1] for u in urls]
+        found = fs.cat_ranges(paths, [0] * len(paths), [most] * len(paths), on_error="return")
+        for data in found:
+            if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
+                raise data
+        return [None if isinstance(data, Exception) else bytes(data) for data in found]
+    found = []
+    for url in urls:
+        try:
+            with open(url) as f:
+                found.append(f.read(most))
+        except (FileNotFoundError, NotADirectoryError):
+            found.append(None)
+    return found
+
+
+def folder(url: str) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of what is in a folder, by name; a local link is none. [] when there is no such folder."""
+    path = local_path(url)
+    try:
+        if path is not None:
+            return [(e.name, e.is_dir(follow_symlinks=False)) for e in _scanned(str(path))]
+        fs, path = filesystem(url)
+        return sorted((name, info["type"] == "directory") for name, info in _listing(fs, path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def write_bytes(url: str, data: bytes):

@@ -200,7 +200,7 @@ def test_failures_of_one_night_are_one_attempt(project):
     table = tables.quarantine(settings.lake)
     (whole,) = table.rows(pc.field("key") == row["key"])
     earlier = whole | {"refused_at": whole["refused_at"] - datetime.timedelta(hours=7)}
-    table.commit([table.write([earlier])], replace=spark_catalog.files_of(table, "score"))
+    table.commit([table.write([earlier])], replace=spark_catalog.files_of(table, "score", -1))
     assert pipeline.score(settings)["refused"] == 1 and pipeline.score(settings)["parked"] == 1
     assert sorted(r["attempt"] for r in ledger.failures(settings)) == [1, 2]
     (project / "away").rename(image)

@@ -158,6 +158,33 @@ def test_walk_is_in_the_order_of_whole_paths_as_they_are_spelt(tmp_path, store):
     assert found == sorted(names, key=storage.spelt)
 
 
+@pytest.mark.parametrize("store", ["memory://whole", "local"])
+def test_a_folder_may_be_walked_as_one_file(tmp_path, store):
+    base = str(tmp_path) if store == "local" else store
+    for name in ("P.zarr/a/b/c/d", "P.zarr/a/e", "P.zarr-x", "P.zarr.txt", "Q/x"):
+        storage.write_bytes(f"{base}/{name}", b"xy")
+    found = list(storage.walk(base, (".zarr",)))
+    assert [(f.path, f.size, f.folder) for f in found] == [
+        ("P.zarr", 4, True), ("P.zarr-x", 2, False), ("P.zarr.txt", 2, False), ("Q/x", 2, False)
+    ]  # fmt: skip
+    assert [f.uri for f in found] == sorted(f.uri for f in found)
+    assert list(storage.walk(f"{base}/P.zarr", (".zarr",))) == found[:1]
+    for change in (lambda: storage.write_bytes(f"{base}/P.zarr/a/b/c/e", b""), lambda: storage.remove(f"{base}/P.zarr/a/e")):
+        (before,) = storage.walk(f"{base}/P.zarr", (".zarr",))
+        change()
+        assert next(storage.walk(f"{base}/P.zarr", (".zarr",))).mtime_ns != before.mtime_ns
+
+
+@pytest.mark.parametrize("store", ["memory://each", "local"])
+def test_many_files_are_read_at_once_and_a_missing_one_is_none(tmp_path, store):
+    base = str(tmp_path) if store == "local" else store
+    for name in ("a", "b/c"):
+        storage.write_bytes(f"{base}/{name}", b"12345")
+    assert storage.read_each([f"{base}/{n}" for n in ("b/c", "none", "a/none", "a")], 3) == [b"123", None, None, b"123"]
+    assert storage.read_each([], 3) == []
+    assert storage.folder(base) == [("a", False), ("b", True)] and storage.folder(f"{base}/none") == []
+
+
 def test_walk_of_a_remote_file_is_itself_and_of_nothing_an_error():
     storage.write_bytes("memory://single/x/a.txt", b"abc")
     (only,) = storage.walk("memory://single/x/a.txt")

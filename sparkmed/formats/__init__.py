@@ -9,12 +9,13 @@ is the whole path in one process; the Spark stages call its parts: :func:`archiv
 import hashlib
 import io
 import json
+import posixpath
 from collections import defaultdict
 
 import numpy as np
 
 from sparkmed import config
-from sparkmed.formats import archive, dicom, dicom_seg, isolation, nifti, ome, raster, rtstruct, segmentation, series
+from sparkmed.formats import archive, dicom, dicom_seg, isolation, nifti, ome, ome_zarr, raster, rtstruct, segmentation, series
 from sparkmed.formats.archive import Member, members
 from sparkmed.formats.instance import MAX_VOLUME_BYTES, Instance, VolumeHeader, to_json
 from sparkmed.formats.series import assemble
@@ -41,12 +42,16 @@ def read_instance(member: Member, otherwise: dict | None = None) -> Instance:
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
             fields = _read_header(stream, size, otherwise)
-    except Refused:
+    except Refused as e:
+        if e.reason == "UNKNOWN_FORMAT" and posixpath.basename(member.path) in ome_zarr.OF_GROUPS:
+            e.message += "; of OME-Zarr plates are read, from folders whose names end with .zarr"
         raise
     except OSError as e:
         raise Refused("UNREADABLE", f"the file cannot be read ({type(e).__name__})") from None
     except (MemoryError, RecursionError, Exception) as e:
         raise Refused("BROKEN_FILE", f"the file cannot be parsed ({type(e).__name__})") from None
+    if member.ome is not None:
+        fields["header"] = to_json(json.loads(fields["header"]) | {"ome": member.ome})
     return Instance(
         uri=member.uri,
         path=member.path,

@@ -1,15 +1,21 @@
-"""Archives: the files inside zip and tar, and the pages of OME-TIFF, read where they are.
+"""Archives: the files inside zip and tar, the pages of OME-TIFF, and the planes of OME-Zarr, read where they are.
 
 A file is its own only member. A member has a virtual path (``folder/a.zip/member.dcm``) and a URI
 (``zip://member.dcm::file:///archive/folder/a.zip``, fsspec's spelling) that :func:`open_uri` reads again. A page of an OME-TIFF
 of several (see :mod:`ome`) is a member too, under the path of its file, which may be in a zip or tar itself:
 ``tiff://4::file:///archive/plate/A01.ome.tif``, counted from 0. Nothing is ever unpacked to disk. Limits hold for the bytes that
 really come out of an archive, not for what its headers claim.
+
+A folder whose name ends with ``.zarr`` is one container, with all that is in it: it is read again when any file in it is another.
+The planes of an OME-Zarr plate (see :mod:`ome_zarr`) are its members, under the path of their image
+(``plates/P1.zarr/A/1/0``): ``zarr://A/1/0/0?t=0&c=1&z=4::file:///archive/plates/P1.zarr``. Metadata, lower resolutions and labels
+are parts of it and have no row of their own; what the metadata name and is not there, and folders that they do not name, have.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import gzip
 import io
 import itertools
@@ -19,10 +25,10 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sparkmed import config, storage
-from sparkmed.formats import ome
+from sparkmed.formats import ome, ome_zarr, zarr_array
 from sparkmed.imaging import paths
 from sparkmed.rejection import Refused, Rejection
 
@@ -35,12 +41,19 @@ IN_MEMORY = 64 << 20
 
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
-OTHER_ARCHIVES = (".7z", ".rar", ".tar.zst", ".tar.lz4", ".tar.z")
+OTHER_ARCHIVES = (".7z", ".rar", ".tar.zst", ".tar.lz4", ".tar.z", ".ozx")
+PART_BYTES = 256 << 20
+"""Of a folder that is one container: read in parts of about so many bytes, on several cores."""
+MOST_PARTS = 1536
+"""One for each well of the largest plate."""
 
 _INNER = re.compile(r"^(zip|tar)://(.*)::([A-Za-z0-9+.-]+://.*)$", re.DOTALL)
 _PAGE = re.compile(r"^tiff://([0-9]+)::(.*)$", re.DOTALL)
+_PLANE = re.compile(r"^zarr://([^:]+)::([A-Za-z0-9+.-]+://.*)$", re.DOTALL)
+_ZARR = re.compile(r"(?:[^/]*/)*?[^/]*\.zarr(?=/)", re.IGNORECASE)
 _STRAY_MESSAGES = {
     "LINK": "a link that leads out of the archive, or nowhere",
+    "NOT_INSTALLED": zarr_array.NOT_INSTALLED,
     "SPECIAL_FILE": "neither a file nor a folder",
     "UNREADABLE": "the folder cannot be listed",
 }
@@ -52,7 +65,8 @@ class Member:
     """One file to look at: a plain file, or a member of a zip or tar.
 
     ``path`` is relative to the archive's root, ``container`` the URI of the file on storage (the member's own for a
-    plain file), ``file_size`` and ``file_mtime_ns`` are those of the container, ``bytes`` is the size of the member.
+    plain file), ``file_size`` and ``file_mtime_ns`` are those of the container, ``bytes`` is the size of the member, of a plane the
+    unpacked one. ``ome`` is what a plate says of its plane, see :class:`ome_zarr.Plane`.
     """
 
     uri: str
@@ -63,6 +77,7 @@ class Member:
     bytes: int
     source: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
     """Reads the member from its open container; None reads by ``uri``."""
+    ome: dict[str, Any] | None = field(default=None, compare=False)
 
     def read(self) -> bytes:
         """All bytes; raises :class:`Refused` when the container does not give them."""
@@ -89,19 +104,35 @@ def kind(path: str) -> str:
 
 
 def files(url: str, limits: config.Catalog | None = None) -> Iterator[storage.File]:
-    """:func:`storage.walk` without the files that ``limits.exclude`` names."""
+    """:func:`storage.walk` without the files that ``limits.exclude`` names; a folder ``*.zarr`` is one file."""
     ignored = [paths.PathPattern(p) for p in (limits or config.Catalog()).exclude]
-    return (f for f in storage.walk(url) if all(p.match(f.path) is None for p in ignored))
+    found = storage.walk(url, whole=ome_zarr.SUFFIXES)
+    return (readable(f) for f in found if all(p.match(f.path) is None for p in ignored))
+
+
+def readable(file: storage.File) -> storage.File:
+    """``file``, or a stray of size 0 where this process lacks the package for it: it is another file once that is installed."""
+    if file.folder and not zarr_array.is_installed():
+        return dataclasses.replace(file, size=0, mtime_ns=0, stray="NOT_INSTALLED")
+    return file
+
+
+def parts(file: storage.File) -> Iterator[storage.File]:
+    """``file``; a large folder that is one container in several parts, of which :func:`members` reads each by itself."""
+    count = min(max(1, -(-file.size // PART_BYTES)), MOST_PARTS) if file.folder else 1
+    return (dataclasses.replace(file, part=(n, count)) for n in range(count))
 
 
 def members(file: storage.File, limits: config.Catalog | None = None) -> Iterator[Member | Rejection]:
-    """What is in ``file``, in stored order: members, and rejections of those that must not be read; at least one of them.
+    """What is in ``file``, in stored order: members, and rejections of those that must not be read; at least one of them, in all
+    parts of it together.
 
     Read members while iterating: then a compressed tar is decompressed once; later each is looked up again.
     A name that is not UTF-8 is refused under the spelling of :func:`storage.spelt`.
     Reasons: ``BAD_NAME``, ``BROKEN_ARCHIVE``, ``EMPTY_ARCHIVE``, ``BOMB``, ``ENCRYPTED``, ``ESCAPES_FOLDER``, ``LINK``,
     ``SPECIAL_FILE``, ``NESTED_ARCHIVE``, ``DUPLICATE_MEMBER``, ``UNSUPPORTED_COMPRESSION``, ``UNSUPPORTED_ARCHIVE``,
-    ``UNREADABLE``, and of an OME-TIFF what :class:`ome.Pages` raises.
+    ``UNREADABLE``, ``NOT_INSTALLED``, of an OME-TIFF what :class:`ome.Pages` raises, of a Zarr what :meth:`ome_zarr.Plate.planes`
+    gives.
     """
     limits = limits or config.Catalog()
     if storage.spelt(file.uri) != file.uri:
@@ -109,6 +140,9 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
         return
     if file.stray:
         yield Rejection(file.uri, STAGE, file.stray, _STRAY_MESSAGES[file.stray])
+        return
+    if file.folder:
+        yield from _planes(file)
         return
     sort = kind(file.path)
     if sort == "":
@@ -127,6 +161,18 @@ def members(file: storage.File, limits: config.Catalog | None = None) -> Iterato
     else:
         if empty:
             yield Rejection(file.uri, STAGE, "EMPTY_ARCHIVE", "the archive has no member")
+
+
+def _planes(file: storage.File) -> Iterator[Member | Rejection]:
+    """The planes of an OME-Zarr plate."""
+    plate = ome_zarr.Plate(file.uri)
+    for name, found in plate.planes(file.part):
+        uri = f"zarr://{name}::{file.uri}" if name else file.uri
+        if isinstance(found, Refused):
+            yield found.at(uri, STAGE)
+            continue
+        read, path = functools.partial(plate.read, name), f"{file.path}/{found.path}"
+        yield Member(uri, path, file.uri, file.size, file.mtime_ns, found.nbytes, read, found.facts)
 
 
 def _with_pages(member: Member | Rejection) -> Iterator[Member | Rejection]:
@@ -183,9 +229,12 @@ def read_many(uris: Iterable[str], limits: config.Catalog | None = None) -> Iter
     limits = limits or config.Catalog()
     inside: dict[tuple[str, str], list[tuple[int, str]]] = {}
     paged: dict[str, list[tuple[int, int]]] = {}
+    plates: dict[str, ome_zarr.Plate] = {}
     for position, uri in enumerate(uris):
-        match, page = _INNER.match(uri), _PAGE.match(uri)
-        if page:
+        match, page, plane = _INNER.match(uri), _PAGE.match(uri), _PLANE.match(uri)
+        if plane:
+            yield position, plates.setdefault(plane[2], ome_zarr.Plate(plane[2])).read(plane[1])
+        elif page:
             paged.setdefault(page[2], []).append((position, int(page[1])))
         elif match:
             inside.setdefault((match[1], match[3]), []).append((position, match[2]))
@@ -251,6 +300,7 @@ _NAME_MESSAGES = {
     "ESCAPES_FOLDER": "the member's name leads out of its archive",
     "NESTED_ARCHIVE": "an archive inside an archive is not read",
 }
+_ZIPPED_ZARR = "an OME-Zarr inside an archive is not read: unpack it"
 
 
 # zip
@@ -314,6 +364,8 @@ def _zip_members(file: storage.File, limits: config.Catalog) -> Iterator[Member 
     with contextlib.closing(zf):
         with _broken_archive("not a readable zip"):
             entries = _zip_entries(zf)
+        if any(info.filename in ome_zarr.OF_GROUPS for info in entries):
+            raise Refused("UNSUPPORTED_ARCHIVE", _ZIPPED_ZARR)
         seen: dict[str, int] = {}
         for info in entries:
             name = info.filename
@@ -321,6 +373,11 @@ def _zip_members(file: storage.File, limits: config.Catalog) -> Iterator[Member 
                 continue
             uri = _zip_uri(name, file.uri)
             seen[name] = seen.get(name, 0) + 1
+            if inside := _ZARR.match(name):
+                if inside[0] not in seen:  # said once, not of each chunk
+                    yield Rejection(_zip_uri(inside[0], file.uri), STAGE, "NESTED_ARCHIVE", _ZIPPED_ZARR)
+                seen[inside[0]] = 1
+                continue
             if seen[name] > 1:  # readers disagree which of the two is meant; the first keeps the URI
                 yield Rejection(f"{uri}#{seen[name]}", STAGE, "DUPLICATE_MEMBER", f"member number {seen[name]} of this name")
                 continue
@@ -480,6 +537,11 @@ def _tar_members(file: storage.File, limits: config.Catalog) -> Iterator[Member 
                 continue
             uri = _tar_uri(info.name, file.uri)
             seen[info.name] = seen.get(info.name, 0) + 1
+            if inside := _ZARR.match(info.name):
+                if inside[0] not in seen:
+                    yield Rejection(_tar_uri(inside[0], file.uri), STAGE, "NESTED_ARCHIVE", _ZIPPED_ZARR)
+                seen[inside[0]] = 1
+                continue
             if seen[info.name] > 1:
                 yield Rejection(f"{uri}#{seen[info.name]}", STAGE, "DUPLICATE_MEMBER",
                                 f"member number {seen[info.name]} of this name")  # fmt: skip

@@ -1,4 +1,4 @@
-"""PNG, JPEG and TIFF: one picture of one page, as (C, I = column, J = row, 1)."""
+"""PNG, JPEG, TIFF, and a plane of a Zarr: one picture of one page, as (C, I = column, J = row, 1)."""
 
 import contextlib
 import io
@@ -11,6 +11,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from sparkmed.formats import zarr_array
 from sparkmed.formats.instance import check_size, to_json
 from sparkmed.rejection import Refused
 
@@ -27,11 +28,13 @@ _DEFLATE_RATIO = 1032
 
 
 def recognise(head: bytes) -> str:
-    """``png``, ``jpeg``, ``tiff`` or ``""``."""
+    """``png``, ``jpeg``, ``tiff``, ``zarr`` or ``""``."""
     if head.startswith(_PNG):
         return "png"
     if head.startswith(_JPEG):
         return "jpeg"
+    if head.startswith(zarr_array.MAGIC):
+        return "zarr"
     return "tiff" if head.startswith(_TIFF) else ""
 
 
@@ -116,6 +119,8 @@ def read_header(stream, size: int, kind: str) -> dict:
         if kind == "tiff":
             page = _tiff_page(stream)
             shape, mode = _tiff_shape(page), f"{page.photometric.name} {page.dtype.name}"
+        elif kind == "zarr":
+            shape, mode = zarr_array.read_header(stream, size)
         else:
             image = _open(stream)
             shape, mode = _shape(image), image.mode
@@ -142,7 +147,7 @@ def read_array(data: bytes) -> np.ndarray:
     """
     kind = recognise(data[:16])
     with quiet():
-        array = _tiff(data) if kind == "tiff" else _picture(data)
+        array = {"tiff": _tiff, "zarr": _zarr}.get(kind, _picture)(data)
     array = np.ascontiguousarray(array.transpose(2, 1, 0)[..., None])
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
@@ -174,6 +179,14 @@ def _picture(data: bytes) -> np.ndarray:
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("="))
     return _without_alpha(array)
+
+
+def _zarr(data: bytes) -> np.ndarray:
+    """(rows, columns, 1)."""
+    array = zarr_array.read_array(io.BytesIO(data), len(data))[..., None]
+    if array.dtype == bool:
+        array = array.astype(np.uint8)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _without_alpha(array: np.ndarray) -> np.ndarray:

@@ -77,8 +77,9 @@ def assemble(instances: Iterable[Instance], settings: Volumes | None = None) -> 
             rejections.append(_not_an_image(instance))
         elif instance.format == "dicom":
             series[series_key(instance)].append(instance)
-        elif (facts := instance.facts).get("ome", {}).get("pages", 1) > 1:
-            message = "a page of an OME-TIFF of several: such are read as fields of plates (plates in the config)"
+        elif (ome := (facts := instance.facts).get("ome", {})).get("pages", 1) > 1 or "ngff" in ome:
+            what = "a plane of an OME-Zarr plate" if "ngff" in ome else "a page of an OME-TIFF of several"
+            message = f"{what}: such are read as fields of plates (plates in the config)"
             rejections.append(Rejection(instance.uri, STAGE, "MULTI_PAGE", message))
         else:
             volumes.append(volume_header([instance], instance.shape, instance.affine, facts))

@@ -22,8 +22,8 @@ from sparkmed.rejection import Refused, Rejection
 
 STAGE = "volumes"
 FORMAT = "plate"
-OME = "ome"
-"""Convention of images that say themselves where they are."""
+OME, OME_ZARR = "ome", "ome-zarr"
+"""Conventions of images that say themselves where they are, and of those of which their plate does."""
 NAMELESS = "plate"
 """A plate whose name neither files nor an index give."""
 MODALITY = "HCS"
@@ -67,8 +67,8 @@ def assemble(instances: Iterable[Instance], settings: Plates, index: Index | Non
     with the index' pixel size in mm (1 where it is not known; the stage's position stays a fact). Facts: ``source`` (convention),
     ``batch``, ``plate``, ``well``, ``row``, ``column``, ``site``, ``z``, ``t``, ``channels`` (names), ``pixel_size_um``,
     ``stage_um``, ``projection``; one that nobody knows is absent. What OME-TIFF says of itself
-    (:mod:`sparkmed.formats.ome`) counts before an index of others. The uid is of the pixels and of the place on the plate: blank
-    wells look alike.
+    (:mod:`sparkmed.formats.ome`), and OME-Zarr of its planes (:mod:`sparkmed.formats.ome_zarr`), counts before an index of others.
+    The uid is of the pixels and of the place on the plate: blank wells look alike.
 
     Reasons: ``UNKNOWN_NAME``, ``BAD_NAME``, ``BAD_WELL``, ``NOT_IN_INDEX``, ``INDEX_MISMATCH``, ``DUPLICATE_IMAGE`` (the same bytes
     twice: a copy), ``DUPLICATE_PLANE``, ``MISSING_CHANNEL``, ``NO_PROJECTION``, ``FIELD_SIZE``, and ``MISSING_FILE`` on the URI of
@@ -131,7 +131,7 @@ class _Found:
         """
         ome, lengths = instance.facts.get("ome"), None
         said = _said(ome) if ome else None
-        if said and ome.get("pages", 1) == 1 and (listed or said.plane.well is None):
+        if said and said.plane.convention == OME and ome.get("pages", 1) == 1 and (listed or said.plane.well is None):
             lengths = said
         elif said:
             listed = said
@@ -162,7 +162,7 @@ class _Found:
             if listed is None:
                 raise
             plane = filenames.UNKNOWN
-        if listed is not None and listed.plane.convention == OME:
+        if listed is not None and listed.plane.convention in (OME, OME_ZARR):
             plane = _of_ome(plane, listed.plane, instance.path)
         elif listed is not None:
             plane = _checked(plane, listed.plane)
@@ -337,10 +337,11 @@ def _listed(instances: list[Instance], index: Index | None) -> dict[str, Listed]
 
 
 def _said(said: dict[str, Any]) -> Listed:
-    """What a page of OME-TIFF says of itself: see :func:`sparkmed.formats.ome.facts`."""
+    """What a page of OME-TIFF says of itself, or a plate of its plane: see :func:`sparkmed.formats.ome.facts`."""
     well = (wells.name(said["row"], said["column"]), said["row"], said["column"]) if "row" in said else (None, None, None)
     channel = str(said["c"]) if "c" in said else None
-    plane = Plane("image", OME, said.get("plate"), *well, said.get("sample"), said.get("z"), said.get("t"), channel)
+    convention = OME_ZARR if "ngff" in said else OME
+    plane = Plane("image", convention, said.get("plate"), *well, said.get("sample"), said.get("z"), said.get("t"), channel)
     size, stage = (tuple(said[k]) if k in said else None for k in ("pixel_size_um", "stage_um"))
     return Listed(plane, said.get("channel"), size, stage)
 

@@ -77,7 +77,7 @@ _INCELL = _compiled(
 _SBS = _compiled(rf"Channel({_N})-{_N}-([a-z]{{1,2}})-([0-9]{{1,3}}){_IMAGE}")
 _STEP = _compiled(rf"(TimePoint|ZStep)_({_N})")
 _WELL_FOLDER = _compiled(rf"r{_N}c{_N}")
-_ARCHIVE = _compiled(r"\.(?:zip|tar|tgz|tar\.[a-z0-9]+)$")
+_ARCHIVE = _compiled(r"(?:\.(?:zip|tar|tgz|tar\.[a-z0-9]+)|(?:\.ome)?\.zarr)$")
 """A plate may come as one archive, which is a folder of the paths inside."""
 _MEASUREMENT = re.compile(r"(.+?)__[0-9]{4}-[0-9]{2}-[0-9]{2}T.*", re.ASCII)
 
@@ -117,12 +117,15 @@ def _steps(folder: str) -> tuple[str | None, int | None, int | None]:
 
 @functools.lru_cache(4096)
 def plate_folder(folder: str) -> str:
-    """The folder of a plate, given one of its images: without ``TimePoint_1/ZStep_1`` and ``Images/r01c01``.
+    """The folder of a plate, given one of its images: without ``TimePoint_1/ZStep_1`` and ``Images/r01c01``, up to ``P1.zarr``.
 
-    >>> plate_folder("screen/P1/TimePoint_1/ZStep_2"), plate_folder("screen/P1/Images"), plate_folder("P1")
-    ('screen/P1', 'screen/P1', 'P1')
+    >>> plate_folder("screen/P1/TimePoint_1/ZStep_2"), plate_folder("screen/P1/Images"), plate_folder("P1.zarr/A/1")
+    ('screen/P1', 'screen/P1', 'P1.zarr')
     """
     parts = folder.split("/")
+    for n, part in enumerate(parts, 1):
+        if part.lower().endswith(".zarr"):
+            return "/".join(parts[:n])
     while parts and (_STEP.fullmatch(parts[-1]) or _WELL_FOLDER.fullmatch(parts[-1])):
         parts.pop()
     if parts and parts[-1].lower() == "images":

@@ -79,7 +79,7 @@ def update(spark: SparkSession, url: str, lake: str, limits, key: bytes | None, 
                 counts["instances"] += before.members - before.refused
                 continue
             counts["changed" if there else "new"] += 1
-            yield file
+            yield from archive.parts(file)
 
     written = _read_all(spark, todo(), lambda files: _write(files, lake, limits, key, lineage))
     mark()
@@ -111,7 +111,7 @@ def _read_all(spark: SparkSession, files: Iterator[storage.File], write: Callabl
 
     def job(batch: list[storage.File]) -> list:
         # a file costs its bytes to hash and about 0.1 MB worth of time to open
-        groups = packed(batch, [f.size + 100_000 for f in batch], slots * 4)
+        groups = packed(batch, [f.size // f.part[1] + 100_000 for f in batch], slots * 4)
         return spark.sparkContext.parallelize(groups, len(groups)).map(write).collect()
 
     written, running = [], collections.deque()
@@ -187,7 +187,7 @@ def _write(files: list[storage.File], lake: str, limits, key: bytes | None, line
     """One task: read the headers of some files, write what became of them, return the two unpublished table files."""
     rows, refusals = [], []
     seen_at = datetime.datetime.now(datetime.UTC)
-    for file in files:
+    for file in map(archive.readable, files):
         name, uri = storage.spelt(file.path), storage.spelt(file.uri)
         facts = {"path": name, "container": uri, "file_size": file.size, "file_mtime_ns": file.mtime_ns}
         for outcome in read_headers(file, limits):

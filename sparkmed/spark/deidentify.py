@@ -136,6 +136,9 @@ def _clean(files: list[storage.File], wanted: config.Deidentification, key: byte
 def outcomes(file: storage.File, wanted: config.Deidentification, key: bytes) -> Iterator[dict]:
     """What became of each member of a file: its copy is written, or it is held back with a reason."""
     empty = True
+    if file.folder:
+        yield _held(storage.spelt(file.uri), file.path, "NOT_DICOM", "only DICOM files are de-identified, no Zarr")
+        return
     try:
         for member in archive.members(file, wanted.catalog):
             empty = False

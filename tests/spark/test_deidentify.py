@@ -12,6 +12,7 @@ import pytest
 from formats import dicoms
 
 from sparkmed import cli, config, pipeline, storage, tables
+from sparkmed.formats import archive as files
 from sparkmed.formats import isolation
 from sparkmed.rejection import InputError
 from sparkmed.spark import deidentify
@@ -196,3 +197,12 @@ def test_a_decoding_process_that_cannot_start_blames_no_file(tmp_path, monkeypat
     monkeypatch.setattr(isolation, "_PROGRAM", "raise SystemExit(1)")
     with isolation.isolated(), pytest.raises(isolation.Unavailable):  # so Spark tries the task again
         list(deidentify.outcomes(file, settings, b"k" * 32))
+
+
+def test_a_zarr_is_held_as_one_file(archive, tmp_path):
+    (archive / "P.zarr" / "A").mkdir(parents=True)
+    (archive / "P.zarr" / "A" / "0").write_bytes(b"x")
+    settings = wanted(archive, tmp_path)
+    (file,) = files.files(str(archive / "P.zarr"))
+    (held,) = deidentify.outcomes(file, settings, b"k" * 32)
+    assert (held["uri"], held["reason"], held["status"]) == (file.uri, "NOT_DICOM", "held")

@@ -3,12 +3,14 @@
 import collections
 import gzip
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import tifffile
 from archives import plate, plate_config
-from formats import test_ome
+from formats import test_ome, test_ome_zarr
 
 from sparkmed import config, formats, storage, tables
 from sparkmed.formats.instance import VolumeHeader
@@ -74,6 +76,39 @@ def test_a_plate_of_ome_tiff_is_the_plate_of_its_pages(spark, tmp_path, archive)
     assert all(np.array_equal(formats.read_volume(VolumeHeader.from_row(row)).array, arrays[w]) for w, row in rows.items())
     assert {w: (r["split"], r["target"]) for w, r in rows.items()} == {w: (r["split"], r["target"]) for w, r in plain.items()}
     assert build(spark, settings)[0]["changed"] == 0
+
+
+def test_plates_of_ome_zarr_are_the_plates_of_their_planes(spark, tmp_path, archive, monkeypatch):
+    settings = settings_of(tmp_path)
+    _, plain = build(spark, settings)
+    arrays = {well: formats.read_volume(VolumeHeader.from_row(row)).array for well, row in plain.items()}
+    shutil.rmtree(archive / "images")
+    fields = {f"{well[0]}/{int(well[1:])}": [a[:, :, :, 0].transpose(0, 2, 1)] for well, a in arrays.items()}
+    monkeypatch.setattr("sparkmed.formats.archive.PART_BYTES", 16_000)  # each plate is read in several parts
+    for version in test_ome_zarr.VERSIONS:
+        options = {"chunks": (1, 20, 48)} | ({"shards": (2, 40, 48)} if version == "0.5" else {})
+        shutil.rmtree(archive / "images.zarr", ignore_errors=True)
+        test_ome_zarr.plate(archive / "images.zarr", version, fields, name="P1", **options)
+        counts, rows = build(spark, settings)
+        assert counts["changed"] == 1 and counts["files"] == 32 and rows.keys() == plain.keys()
+        assert all(np.array_equal(formats.read_volume(VolumeHeader.from_row(row)).array, arrays[w]) for w, row in rows.items())
+        assert {w: (r["split"], r["target"]) for w, r in rows.items()} == {w: (r["split"], r["target"]) for w, r in plain.items()}
+        assert {json.loads(r["header"])["source"] for r in rows.values()} == {"ome-zarr"}
+        assert refused(settings) == [("map.csv", "UNKNOWN_FORMAT")]
+    with monkeypatch.context() as patched:
+        patched.setattr("sparkmed.spark.catalog._write", None)  # nothing is read and nothing is written
+        version = tables.catalog(settings.lake).committed(catalog.STAGE)
+        counts = catalog.update(spark, settings.archive, settings.lake, settings.catalog, None, LINEAGE)
+        assert counts == {"files": 2, "new": 0, "changed": 0, "gone": 0, "refused": 1, "instances": 32}
+        assert tables.catalog(settings.lake).committed(catalog.STAGE) == version
+    shards = [archive / "images.zarr" / well / "0/0/c/0/0/0" for well in ("B/2", "B/3", "C/1")]
+    os.rename(shards[0], tmp_path / "x"), os.rename(shards[1], shards[0]), os.rename(tmp_path / "x", shards[1])
+    shards[2].unlink()
+    counts, after = build(spark, settings)
+    assert counts["changed"] == 1 and rows.keys() - after.keys() == {"C01"}
+    assert {w for w in after if after[w]["uid"] != rows[w]["uid"]} == {"B02", "B03"}
+    found = [(r["uri"].partition("::")[0], r["reason"]) for r in tables.quarantine(settings.lake).rows() if "zarr://" in r["uri"]]
+    assert sorted(found) == [(f"zarr://C/1/0/0?c={c}", "MISSING_CHUNK") for c in range(2)]
 
 
 def test_labels_and_splits_are_those_of_the_plate_map(spark, tmp_path, archive):
