@@ -8,6 +8,7 @@ import pytest
 
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))  # ci: the same examples each time
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some hundred processes would compile sparkmed anew
 os.environ.setdefault("JDK_JAVA_OPTIONS", class_archive.options(pathlib.Path(sys.prefix) / "spark.jsa"))
 
 
@@ -37,8 +38,10 @@ def spark_cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def spark():
-    """Spark in this process with two task slots."""
+    """Spark in this process with two task slots; its workers have MONAI from their daemon: see :mod:`preloaded`."""
     from sparkmed import config
     from sparkmed.spark import session
 
-    return session.session(config.Spark(master="local[2]", conf={"spark.sql.shuffle.partitions": "4"}), "tests")
+    conf = {"spark.sql.shuffle.partitions": "4", "spark.python.daemon.module": "preloaded"}
+    conf["spark.executorEnv.PYTHONPATH"] = str(pathlib.Path(__file__).parent)
+    return session.session(config.Spark(master="local[2]", conf=conf), "tests")
