@@ -8,7 +8,6 @@ import pytest
 
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))  # ci: the same examples each time
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some hundred processes would compile sparkmed anew
 os.environ.setdefault("JDK_JAVA_OPTIONS", class_archive.options(pathlib.Path(sys.prefix) / "spark.jsa"))
 
 
