@@ -79,13 +79,15 @@ def _quieten():
 
 
 def _act(options) -> int:
-    from sparkmed import demo, formats, pipeline
+    from sparkmed import formats, pipeline
     from sparkmed.pipeline import ledger
 
     if options.verb == "inspect":
         print(formats.inspect(options.uri))
         return 0
     if options.verb == "demo":
+        from sparkmed import demo
+
         return demo.main(options.folder)
     if options.verb == "deidentify":
         wanted = configuration.deidentification(options.archive, options.out, options.overrides, options.config)

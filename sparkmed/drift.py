@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from sparkmed.imaging.intensity import QUANTILES
 
@@ -126,7 +126,7 @@ def psi(reference: np.ndarray, current: np.ndarray, inner: np.ndarray) -> float:
 def psi_by_chance(reference: int, current: int, inner: int, alpha: float) -> float:
     """What the index stays below with probability 1 - ``alpha`` when nothing changed: (1/n + 1/m) chi-squared of bins - 1
     degrees of freedom (Yurdakul 2018, Statistical Properties of Population Stability Index)."""
-    return float((1 / reference + 1 / current) * stats.chi2.isf(alpha, inner))
+    return float((1 / reference + 1 / current) * scipy.stats.chi2.isf(alpha, inner))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -169,7 +169,7 @@ def compare(
         else:
             judged.append(((source, figure), np.asarray(values, np.float64)))
     findings += [Finding(s, "source", 0, n, "unseen" if n >= minimum else "few") for s, n in sorted(unseen.items())]
-    tests = [stats.ks_2samp(reference[key].values, values) for key, values in judged]
+    tests = [scipy.stats.ks_2samp(reference[key].values, values) for key, values in judged]
     for (key, values), test, adjusted in zip(judged, tests, holm([t.pvalue for t in tests]), strict=True):
         then = reference[key]
         index = psi(then.values, values, then.edges)
@@ -198,6 +198,6 @@ def risen(before: tuple[int, int], now: tuple[int, int], rise: float, alpha: flo
     if not now[1] or now[0] / now[1] <= (before[0] / before[1] if before[1] else 0.0) + rise:
         return False
     if not before[1]:
-        return bool(stats.binom.sf(now[0] - 1, now[1], rise) <= alpha)
+        return bool(scipy.stats.binom.sf(now[0] - 1, now[1], rise) <= alpha)
     table = [[now[0], now[1] - now[0]], [before[0], before[1] - before[0]]]
-    return bool(stats.fisher_exact(table, "greater").pvalue <= alpha)
+    return bool(scipy.stats.fisher_exact(table, "greater").pvalue <= alpha)

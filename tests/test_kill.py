@@ -1,6 +1,5 @@
 """A driver killed by SIGKILL between any two things that others can see: run again, it ends as if it had never been killed."""
 
-import itertools
 import json
 import pathlib
 import signal
@@ -16,11 +15,26 @@ from sparkmed.spark import catalog
 
 pytestmark = pytest.mark.engine
 
-# Runs the whole path; killed before the n-th thing in this process that others could see: those before it are done then, and
-# what was prepared for it lies about.
-DRIVER = """
-import os, signal, sys
-from sparkmed import config, pipeline, storage, tables, tracking
+# Drivers of the whole path, one after the other until one comes to its end, forked from a process that has imported what they need.
+# Each is killed before the n-th thing in it that others could see: those before it are done then, and what was prepared for it lies
+# about. Prints how they ended.
+DRIVERS = """
+import itertools, json, os, signal, sys
+import monai.networks.nets
+from sparkmed import config, pipeline, report, storage, tables, tracking
+ends = []
+for kill_at in itertools.islice(itertools.cycle((5, 4)), 20):  # a stage of two commits begins anew when killed between them
+    driver = os.fork()
+    if not driver:
+        break
+    ends.append(os.waitstatus_to_exitcode(os.waitpid(driver, 0)[1]))
+    print("ended", ends[-1], file=sys.stderr)
+    if ends[-1] != -signal.SIGKILL:
+        break
+if driver:
+    print(json.dumps(ends))
+    sys.exit()
+os.dup2(2, 1)
 seen = 0
 def deadly(owner, name):
     whole = getattr(owner, name)
@@ -28,7 +42,7 @@ def deadly(owner, name):
         global seen
         seen += 1
         print("visible", seen, name, getattr(arguments[0], "url", ""), file=sys.stderr)
-        if seen == int(sys.argv[2]):
+        if seen == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*arguments, **more)
     setattr(owner, name, call)
@@ -51,18 +65,15 @@ def settings_of(folder):
 
 def test_a_driver_killed_again_and_again_ends_as_if_it_never_was(spark, tmp_path):
     settings = settings_of(tmp_path)
-    ends, seen = [], []
-    for kill_at in itertools.islice(itertools.cycle((5, 4)), 20):  # a stage of two commits begins anew when killed between them
-        command = [sys.executable, "-c", DRIVER, str(tmp_path / "project.yaml"), str(kill_at)]
-        with open(tmp_path / "said", "w+") as said:  # a file: a pipe would be open until the JVM of a killed driver has gone
-            ends.append(subprocess.run(command, stdout=said, stderr=said, timeout=300).returncode)
-            said.seek(0)
-            text = said.read()
-        seen.append([line for line in text.splitlines() if line.startswith("visible")])
-        if ends[-1] != -signal.SIGKILL:
-            break
+    command = [sys.executable, "-c", DRIVERS, str(tmp_path / "project.yaml")]
+    with open(tmp_path / "said", "w+") as said:  # a file: a pipe would be open until the JVM of a killed driver has gone
+        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=said, timeout=840)
+        said.seek(0)
+        text = said.read()[-20000:]
+    assert ended.returncode == 0, text
+    ends = json.loads(ended.stdout)
     assert ends[-1] == 0, text
-    assert len(ends) > 3, seen
+    assert ends[:-1] == [-signal.SIGKILL] * (len(ends) - 1) and len(ends) > 3, text
 
     lake, registry = settings.lake, tracking.of(settings)
     images = [f"img/s{i:02d}.nii.gz" for i in range(12)]

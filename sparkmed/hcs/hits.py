@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+import scipy
 
 from sparkmed.hcs.profiles import CONTROL, MAD_TO_SD, MIN_CONTROLS, NEGATIVE, mad, median, numbers
 from sparkmed.rejection import InputError
@@ -57,7 +57,7 @@ def score_wells(
         above = (1 + len(controls) - np.searchsorted(controls, values[of], "left")) / (1 + len(controls))
         below = (1 + np.searchsorted(controls, values[of], "right")) / (1 + len(controls))
         empirical[of] = {"greater": above, "less": below}.get(side, np.minimum(1, 2 * np.minimum(above, below)))
-    robust = {"greater": stats.norm.sf(z), "less": stats.norm.cdf(z)}.get(side, 2 * stats.norm.sf(np.abs(z)))
+    robust = {"greater": scipy.stats.norm.sf(z), "less": scipy.stats.norm.cdf(z)}.get(side, 2 * scipy.stats.norm.sf(np.abs(z)))
     robust, empirical = (np.where(kind | np.isnan(values), np.nan, p) for p in (robust, empirical))
     tested = table[control].isna().to_numpy()
     rates = {q: fdr(np.where(tested, p, np.nan)) for q, p in (("q_robust", robust), ("q_empirical", empirical))}
@@ -142,14 +142,14 @@ def dose_response(doses: np.ndarray, responses: np.ndarray, level: float = 0.95)
     grid = _grid(doses, responses, logs, _HILLS)
     theta, least = _refined(doses, responses, logs, grid)
     f = ((constant - least) / 3) / (least / free) if least > 0 else np.inf
-    flat_p = float(stats.f.sf(f, 3, free))
+    flat_p = float(scipy.stats.f.sf(f, 3, free))
     if flat_p > FLAT:
         return Curve(False, "flat", count, different, flat_p=flat_p)
     start, end, hill, log = theta
     if not low <= log <= high:
         return Curve(False, "EC50 outside the doses", count, different, flat_p=flat_p)
     errors = _linear_errors(doses, theta, least / free)
-    t = stats.t.ppf((1 + level) / 2, free)
+    t = scipy.stats.t.ppf((1 + level) / 2, free)
     close = [
         _close(places, best, 2 * t * e)
         for places, best, e in ((logs, log, errors[3]), (np.log(_HILLS), np.log(hill), errors[2] / hill))
@@ -311,7 +311,7 @@ def _refined(doses: np.ndarray, responses: np.ndarray, logs: np.ndarray, grid: n
 
     box = ([np.log(_HILLS[0]), logs[0]], [np.log(_HILLS[-1]), logs[-1]])
     first = np.clip([np.log(hill), log], np.array(box[0]) + 1e-9, np.array(box[1]) - 1e-9)
-    best = optimize.least_squares(residuals, first, bounds=box, xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=100)
+    best = scipy.optimize.least_squares(residuals, first, bounds=box, xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=100)
     least = float((best.fun**2).sum() * scale**2)
     hill, log = (np.exp(best.x[0]), best.x[1]) if least <= grid[e, h] else (hill, log)
     return np.array([*ends(hill, log), hill, log]), min(least, float(grid[e, h]))

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from sparkmed.rejection import InputError, Rejection
 
@@ -115,7 +115,7 @@ def modz(values: np.ndarray) -> np.ndarray:
         return values[0].copy()
     finite = np.isfinite(values)
     if finite.all():
-        ranks = stats.rankdata(values, axis=1)
+        ranks = scipy.stats.rankdata(values, axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             correlation = np.corrcoef(ranks)
         constant = np.ptp(ranks, axis=1) == 0

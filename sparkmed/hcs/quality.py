@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from sparkmed.hcs.profiles import CONTROL, MAD_TO_SD, NEGATIVE, POSITIVE, median, numbers
 from sparkmed.rejection import InputError
@@ -134,7 +134,7 @@ def edge_effects(
         told = np.flatnonzero((m >= MIN_WELLS) & (n >= MIN_WELLS))
         told = told[np.nanmin(both[:, told], axis=0) < np.nanmax(both[:, told], axis=0)] if len(told) else told
         if len(told):
-            test = stats.mannwhitneyu(outer[:, told], inner[:, told], axis=0, nan_policy="omit", method="asymptotic")
+            test = scipy.stats.mannwhitneyu(outer[:, told], inner[:, told], axis=0, nan_policy="omit", method="asymptotic")
             effect[told], p[told] = 2 * test.statistic / (m[told] * n[told]) - 1, test.pvalue
         parts.append(pd.DataFrame({by: name, "feature": list(features), "ring": m, "inside": n, "effect": effect, "p": p}))
     empty = pd.DataFrame(columns=[by, "feature", "ring", "inside", "effect", "p"])

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from sparkmed.hcs.hits import fdr
 from sparkmed.hcs.profiles import CONTROL, NEGATIVE, numbers
@@ -324,7 +324,7 @@ def _leak(nsc: Accuracy, nscb: Accuracy, batch: str, batches: int) -> str | None
     both = ~np.isnan(nsc.right) & ~np.isnan(nscb.right)
     near, across = nsc.right[both], nscb.right[both]
     lost, won = int((near > across).sum()), int((near < across).sum())
-    if not lost or stats.binomtest(lost, lost + won, 0.5, "greater").pvalue > _LEAK_P:
+    if not lost or scipy.stats.binomtest(lost, lost + won, 0.5, "greater").pvalue > _LEAK_P:
         return None
     if across.mean() - nscb.chance > (near.mean() - nsc.chance) / 2:
         return None

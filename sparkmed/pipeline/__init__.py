@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from sparkmed import cohort, report, tracking
+from sparkmed import cohort, tracking
 from sparkmed.config import Config
 from sparkmed.pipeline import common, data, ledger, promotion
 from sparkmed.pipeline.common import StageFailed
@@ -38,6 +38,8 @@ def promote(config: Config) -> dict:
 
 def make_report(config: Config) -> dict:
     """One HTML page about all of the above."""
+    from sparkmed import report  # and matplotlib, which most verbs do without
+
     registry = tracking.of(config)
     registry.check()
     common.require_same_classes(config, registry, registry.latest(), registry.champion())

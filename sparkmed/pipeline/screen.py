@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-from scipy import stats
+import scipy
 
 from sparkmed import lease, storage, tables
 from sparkmed.config import Config
@@ -168,7 +168,7 @@ def _spearman(of: pd.DataFrame) -> float:
     both = of[["score", "concentration"]].dropna()
     if both["score"].nunique() < 2 or both["concentration"].nunique() < 2:
         return math.nan
-    return float(stats.spearmanr(both["score"], both["concentration"]).statistic)
+    return float(scipy.stats.spearmanr(both["score"], both["concentration"]).statistic)
 
 
 def _matching(treated: pd.DataFrame, features: list[str], table: pd.DataFrame) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 
-from sparkmed import dataset, lease, report, scoring, storage, tracking
+from sparkmed import dataset, lease, scoring, storage, tracking
 from sparkmed.config import PLACE_KEYS, Config, Score, digest
 from sparkmed.learning import metrics
 from sparkmed.pipeline import common
@@ -36,6 +36,8 @@ def train(config: Config) -> dict:
 
 
 def _train(config: Config, registry: tracking.Registry, training: str, rows: list[dict], url: str, facts: dict) -> dict:
+    from sparkmed import report  # and matplotlib, which most verbs do without
+
     slots, python = common.slots(config), None
     if slots is not None:
         python = common.spark_of(config).sparkContext.pythonExec  # of the executors: on YARN the packed environment's

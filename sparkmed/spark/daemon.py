@@ -12,11 +12,11 @@ import gc
 import sys
 import zipimport
 
-from pyspark.daemon import manager
+if __name__ == "__main__":  # processes that a task spawns with multiprocessing, as Horovod does, import this under another name
+    from pyspark.daemon import manager
 
-from sparkmed.spark import catalog, patches, score, volumes  # noqa: F401 (that is what it is for)
+    from sparkmed.spark import catalog, patches, score, volumes  # noqa: F401 (that is what it is for)
 
-if __name__ == "__main__":
     if sys.version_info < (3, 12):  # python/cpython#103200: since 3.12 nothing is read until something is imported
         zipimport.zipimporter.invalidate_caches = lambda self: None
     gc.freeze()

@@ -263,7 +263,8 @@ def test_plain_mlflow_loads_them_without_a_pickle(tmp_path):
         (1, 3, 3),
         strict=True,
     ):
-        mlflow.pyfunc.save_model(str(tmp_path / "saved" / name), loader_module="sparkmed.learning.model", data_path=str(path))
+        how = {"loader_module": "sparkmed.learning.model", "pip_requirements": ["sparkmed"]}  # else MLflow loads it to find out
+        mlflow.pyfunc.save_model(str(tmp_path / "saved" / name), data_path=str(path), **how)
         command += [str(tmp_path / "saved" / name), str(channels)]
     ended = subprocess.run(command, capture_output=True, text=True)
     shapes = ["(1, 2, 16, 16, 8)"] * 3

@@ -290,7 +290,8 @@ def test_weights_of_before_that_do_not_say_their_spec_are_taken(tmp_path):
 def test_plain_mlflow_loads_it(tmp_path):
     mlflow = pytest.importorskip("mlflow")
     segmenter().save(str(tmp_path / "data"))
-    mlflow.pyfunc.save_model(str(tmp_path / "saved"), loader_module="sparkmed.learning.model", data_path=str(tmp_path / "data"))
+    how = {"loader_module": "sparkmed.learning.model", "pip_requirements": ["sparkmed"]}  # else MLflow loads it to find out
+    mlflow.pyfunc.save_model(str(tmp_path / "saved"), data_path=str(tmp_path / "data"), **how)
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "saved"))
     assert loaded.predict(np.zeros((1, 1, 16, 16, 8), np.float32)).shape == (1, 3, 16, 16, 8)
 
