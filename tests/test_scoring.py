@@ -5,14 +5,16 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 import torch
+from archives import CELLS, plate, plate_config, plate_rows
 from formats import dicoms
 from monai.metrics import compute_dice
 
-from sparkmed import formats, scoring
-from sparkmed.config import Component, Preprocess, Score
+from sparkmed import config, dataset, formats, scoring
+from sparkmed.config import Cells, Component, Crops, Nuclei, Preprocess, Score
 from sparkmed.formats import dicom_seg
 from sparkmed.imaging import intensity
 from sparkmed.learning import networks
@@ -42,6 +44,47 @@ def test_subject_scores_average_volumes_first_then_leave_absent_classes_out():
         {"subject": "c", "score": [1.0]},
     ]
     assert scoring.subject_scores(rows) == {"a": 0.5, "c": 1.0}
+
+
+def of_cells(**score) -> Model:
+    """A classifier of the single cells of a plate."""
+    spec = ModelSpec(
+        name="cells", task="classification", classes=("negative", "positive"), in_channels=2, spatial_dims=2, window=(12, 12, 1),
+        network=Component(name="DenseNet121", init_features=4, growth_rate=2, block_config=[1, 1]),
+        preprocess=Preprocess(orientation=None), score=Score(**score),
+        cells=Cells(crops=Crops(size=12), nuclei=Nuclei(), channel=1),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return Model(spec, networks.build(spec.network, 2, 2, 2))
+
+
+def test_a_prediction_of_a_field_stands_on_its_cells(tmp_path):
+    plate(tmp_path / "plate", 2, size=64)
+    settings = config.parse(plate_config("a", "l", **CELLS))
+    rows, model = plate_rows(tmp_path / "plate" / "images", settings.plates), of_cells(features=True)
+    for row in rows[:3]:
+        out = scoring.score(model, row, str(tmp_path / "cells.parquet"))
+        cut = list(dataset.cut(row, settings)[0])
+        by_hand = model.predict_patches(np.stack([p.image for p in cut]))
+        assert out["cells"] == len(cut) > 0 and out["probability"] == pytest.approx(by_hand.mean(0), abs=1e-5)
+        assert out["score"] == [float(np.argmax(out["probability"]) == row["target"])] and len(out["features"]) == 5
+        written = pd.read_parquet(tmp_path / "cells.parquet")
+        assert list(zip(written.cell, written.x, written.y, strict=True)) == [p.cell for p in cut]
+        np.testing.assert_allclose(written[["probability_negative", "probability_positive"]], by_hand, atol=1e-5)
+        np.testing.assert_allclose(np.median(np.stack(written.features), 0), out["features"], atol=1e-6)
+        assert set(written.well) == {row["subject"]} and set(written.volume) == {row["uid"]} and written.site.isna().all()
+    plain = scoring.score(of_cells(), rows[0], str(tmp_path / "plain.parquet"))
+    assert "features" not in plain and "features" not in pd.read_parquet(tmp_path / "plain.parquet")
+
+
+def test_what_a_field_of_cells_costs_goes_by_its_cells():
+    row = {"shape": [2, 1080, 1080, 1], "affine": np.eye(4).ravel().tolist(), "format": "plate", "source_paths": ["a.tif"]}
+    row["header"] = None
+    finder = of_cells().spec
+    table = finder.model_copy(update={"cells": Cells(crops=Crops(size=12))})
+    few, many = ({**row, "header": json.dumps({"centres": {"cells": n}})} for n in (10, 1000))
+    assert scoring.cost(few, table) < scoring.cost(many, table) < scoring.cost(row, finder)
+    assert scoring.cost(many, table) - scoring.cost(few, table) == pytest.approx(990 * 144 * 2000)
 
 
 def test_the_key_depends_on_all_three():
