@@ -303,7 +303,7 @@ def _guided(found: Iterator[Patch], guidance: np.ndarray, cascade: Cascade, plac
 
 def _cells(volume: Volume, row: dict, config: Config) -> list[tuple[int, tuple]]:
     """The cells that patches are cut of: their number among all of the field that can be cut, and what
-    :func:`sparkmed.hcs.crops.located` says of them. Which are drawn does not depend on what other cells there are."""
+    :func:`sparkmed.hcs.crops.located` says of them. Those of the least hashes are drawn, with a higher limit too."""
     from sparkmed.hcs import crops  # pandas and scikit-image are for those who need them
 
     there = list(enumerate(crops.located(volume, config.cells, read_centres(row) if config.cells.listed else None)))

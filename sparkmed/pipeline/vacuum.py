@@ -44,9 +44,9 @@ def vacuum(config: Config, dry_run: bool = False) -> list[Leftover]:
 
     These are data files of any table that no version names that was the newest since then; masks and tables of cells without a
     prediction; datasets, checks and files that were never finished; corrections of plates that have changed, and centres of cells
-    that no field is joined with any more; copies of models that were neither used nor
-    named by a decision since then, and that the registry still has. SEG lie outside of the lake and stay. Readers and runs that are
-    at work keep what they need, unless they are older than that.
+    that no field is joined with any more; copies of models that were neither used nor named by a decision since then, and that the
+    registry still has. SEG lie outside of the lake and stay. Readers and runs that are at work keep what they need, unless they are
+    older than that.
     """
     if not storage.exists(config.lake):
         raise InputError(f"lake {config.lake} does not exist")
