@@ -300,9 +300,9 @@ class Crops(Section):
     border: Literal["excluded", "padded"] = "excluded"
     """Cells whose crop would reach beyond the field: left out, or padded with 0."""
     table: str | None = None
-    """Path (inside the archive) or URL of a CSV or Parquet file of centres: ``x`` and ``y`` in pixels of the stored field, along its
-    width and its height; maybe ``cell``; and ``plate``, ``well`` and ``site``, or ``image`` (the path of one of the field's files,
-    or its end). CellProfiler's prefix ``Metadata_`` may be there. None: nuclei are found as ``plates.nuclei`` says."""
+    """Path (inside the archive) or URL of a CSV or Parquet file of centres: ``x`` and ``y`` in pixels of the stored field, along
+    its width and its height; maybe ``cell``; and ``plate``, ``well`` and ``site``, or ``image`` (the path of one of the field's
+    files, or its end). CellProfiler's prefix ``Metadata_`` may be there. None: nuclei are found as ``plates.nuclei`` says."""
 
 
 class Cells(Section):

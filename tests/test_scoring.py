@@ -16,6 +16,8 @@ from monai.metrics import compute_dice
 from sparkmed import config, dataset, formats, scoring
 from sparkmed.config import Cells, Component, Crops, Nuclei, Preprocess, Score
 from sparkmed.formats import dicom_seg
+from sparkmed.formats.instance import VolumeHeader
+from sparkmed.hcs import crops
 from sparkmed.imaging import intensity
 from sparkmed.learning import networks
 from sparkmed.learning.model import Model, ModelSpec
@@ -46,13 +48,13 @@ def test_subject_scores_average_volumes_first_then_leave_absent_classes_out():
     assert scoring.subject_scores(rows) == {"a": 0.5, "c": 1.0}
 
 
-def of_cells(**score) -> Model:
+def of_cells(cells=Cells(crops=Crops(size=12), nuclei=Nuclei(), channel=1), **score) -> Model:  # noqa: B008
     """A classifier of the single cells of a plate."""
     spec = ModelSpec(
         name="cells", task="classification", classes=("negative", "positive"), in_channels=2, spatial_dims=2, window=(12, 12, 1),
         network=Component(name="DenseNet121", init_features=4, growth_rate=2, block_config=[1, 1]),
         preprocess=Preprocess(orientation=None), score=Score(**score),
-        cells=Cells(crops=Crops(size=12), nuclei=Nuclei(), channel=1),
+        cells=cells,
     )  # fmt: skip
     torch.manual_seed(1)
     return Model(spec, networks.build(spec.network, 2, 2, 2))
@@ -75,6 +77,23 @@ def test_a_prediction_of_a_field_stands_on_its_cells(tmp_path):
         assert set(written.well) == {row["subject"]} and set(written.volume) == {row["uid"]} and written.site.isna().all()
     plain = scoring.score(of_cells(), rows[0], str(tmp_path / "plain.parquet"))
     assert "features" not in plain and "features" not in pd.read_parquet(tmp_path / "plain.parquet")
+
+
+def test_cells_of_a_table_are_those_that_their_field_is_joined_with(tmp_path):
+    plate(tmp_path / "plate", 2, size=64)
+    rows = plate_rows(tmp_path / "plate" / "images", config.parse(plate_config("a", "l", **CELLS)).plates)[:2]
+    finder, listed = of_cells(), of_cells(Cells(crops=Crops(size=12)))
+    found = finder.cells(dataset.read_image(rows[0]))
+    image = rows[0]["source_paths"][1]
+    table = crops.checked(pd.DataFrame({"image": image, "cell": found.cells, "x": found.x, "y": found.y}))
+    headers, _ = crops.joined([VolumeHeader.from_row(r) for r in rows], table, str(tmp_path / "centres"))
+    first, second = ({**r, **h.row()} for r, h in zip(rows, headers, strict=True))
+    out, by_finder = scoring.score(listed, first), scoring.score(finder, rows[0])
+    assert out["probability"] == pytest.approx(by_finder["probability"]) and out["cells"] == by_finder["cells"]
+    with pytest.raises(Refused, match="NO_CENTRES: the table of cells has no row of the field"):
+        scoring.score(listed, second)
+    with pytest.raises(Refused, match="NO_CENTRES: the volumes stage has joined no table"):
+        scoring.score(listed, rows[0])
 
 
 def test_what_a_field_of_cells_costs_goes_by_its_cells():
