@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from sparkmed.config import Cells, Component, Crops, Nuclei, Preprocess, Score
 from sparkmed.formats import dicom_seg
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import crops
+from sparkmed.hcs.correction import Correction
+from sparkmed.hcs.plate_intensity import ControlScale
 from sparkmed.imaging import intensity
 from sparkmed.learning import networks
 from sparkmed.learning.model import Model, ModelSpec
@@ -94,6 +97,29 @@ def test_cells_of_a_table_are_those_that_their_field_is_joined_with(tmp_path):
         scoring.score(listed, second)
     with pytest.raises(Refused, match="NO_CENTRES: the volumes stage has joined no table"):
         scoring.score(listed, rows[0])
+
+
+def test_cells_are_cut_and_scored_on_the_scale_of_their_plate(tmp_path):
+    plate(tmp_path / "plate", 2, size=64)
+    spec = {"orientation": None, "intensity": {"kind": "zscore", "against": "controls"}}
+    settings = config.parse(plate_config("a", "l", **CELLS | {"preprocess": spec}))
+    (row, *_) = plate_rows(tmp_path / "plate" / "images", settings.plates)
+    plain = {p.cell[0] for p in dataset.cut(row, config.parse(plate_config("a", "l", **CELLS)))[0]}
+    Correction((None, None), (ControlScale(20, 5), ControlScale(30, 4))).write(str(tmp_path / "plate.json"))
+    treated = {"correction": {"file": str(tmp_path / "plate.json"), "of": settings.preprocess.of_plate}}
+    row |= {"header": json.dumps(json.loads(row["header"]) | treated)}
+    stored, cut = formats.read_volume(VolumeHeader.from_row(row)).array, list(dataset.cut(row, settings)[0])
+    assert {p.cell[0] for p in cut} == plain and plain
+    for patch in cut:
+        i, j = (math.floor(at + 0.5) - 6 for at in patch.cell[1:])
+        around = stored[:, i : i + 12, j : j + 12].astype(float)
+        np.testing.assert_allclose(patch.image, [(around[0] - 20) / 5, (around[1] - 30) / 4], atol=1e-5)
+    model = of_cells(settings.cells)
+    model.spec = model.spec.model_copy(update={"preprocess": settings.preprocess})
+    by_hand = model.predict_patches(np.stack([p.image for p in cut])).mean(0)
+    assert scoring.score(model, row)["probability"] == pytest.approx(by_hand, abs=1e-5)
+    with pytest.raises(Refused, match="OTHER_LIGHT"):
+        scoring.score(of_cells(), row)
 
 
 def test_what_a_field_of_cells_costs_goes_by_its_cells():
