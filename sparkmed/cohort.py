@@ -13,11 +13,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
+
 from sparkmed import storage
 from sparkmed.config import HEADER_GROUPS, Config, folded
 from sparkmed.formats import segmentation
 from sparkmed.formats.instance import VolumeHeader, to_json
-from sparkmed.hcs import fields, platemap
+from sparkmed.hcs import crops, fields, platemap
 from sparkmed.imaging import paths, splits
 from sparkmed.rejection import InputError, Refused, Rejection
 
@@ -387,10 +389,8 @@ def groups(rows: Sequence[dict], config: Config, key: bytes | None) -> dict[str,
 
 def _table(config: Config, setting: str, where: str, wanted: Sequence[str]) -> list[dict]:
     """The rows of a CSV inside the archive or at a URL, blanks left out; it has columns ``wanted``, and ``path`` or ``subject``."""
-    inside = storage.join(config.archive, where)
-    url = inside if "://" not in where and not where.startswith("/") and storage.exists(inside) else where
     try:
-        text = storage.read_bytes(url).decode("utf-8-sig")
+        text = storage.read_bytes(_inside(config, where)).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{setting} {where}: {getattr(e, 'strerror', None) or type(e).__name__}") from None
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -400,6 +400,27 @@ def _table(config: Config, setting: str, where: str, wanted: Sequence[str]) -> l
             f"{setting} {where}: wanted columns {', '.join(wanted)} and path or subject, got {sorted(c for c in columns if c)}"
         )
     return [{k: v.strip() for k, v in row.items() if k and v and v.strip()} for row in rows]
+
+
+def _inside(config: Config, where: str) -> str:
+    """URL of a table inside the archive or elsewhere."""
+    inside = storage.join(config.archive, where)
+    return inside if "://" not in where and not where.startswith("/") and storage.exists(inside) else where
+
+
+def cells(config: Config) -> pd.DataFrame | None:
+    """The table of ``patches.crops.table``; None where cells come from no table."""
+    return crops.read(_inside(config, config.patches.crops.table)) if config.cells and config.cells.listed else None
+
+
+def cells_digest(config: Config) -> str:
+    """SHA-256 of the table of cells; empty without one."""
+    if not config.cells or not config.cells.listed:
+        return ""
+    try:
+        return hashlib.sha256(storage.read_bytes(_inside(config, config.patches.crops.table))).hexdigest()
+    except OSError as e:
+        raise InputError(f"table of cells {config.patches.crops.table}: {e.strerror or type(e).__name__}") from None
 
 
 def _once(members: list[Member]) -> tuple[list[Member], list[Rejection]]:

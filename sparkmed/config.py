@@ -296,21 +296,51 @@ class Crops(Section):
     """How single cells are cut out around their centres."""
 
     size: Positive = 96
-    """Edge in pixels."""
+    """Edge in pixels; ``patches.size`` follows from it."""
     border: Literal["excluded", "padded"] = "excluded"
     """Cells whose crop would reach beyond the field: left out, or padded with 0."""
+    table: str | None = None
+    """Path (inside the archive) or URL of a CSV or Parquet file of centres: ``x`` and ``y`` in pixels of the stored field, along
+    its width and its height; maybe ``cell``; and ``plate``, ``well`` and ``site``, or ``image`` (the path of one of the field's
+    files, or its end). CellProfiler's prefix ``Metadata_`` may be there. None: nuclei are found as ``plates.nuclei`` says."""
+
+
+class Cells(Section):
+    """How the cells of a field are found and cut out: in patches, and by the model that is trained on them."""
+
+    crops: Crops
+    nuclei: Nuclei | None = None
+    """How they are found; None: a table lists them."""
+    channel: Annotated[int, Field(ge=0)] = 0
+    """Position of the channel of nuclei in a field."""
+
+    @property
+    def listed(self) -> bool:
+        """Whether centres come from a table."""
+        return self.nuclei is None
+
+
+def _some_or_all(value: Any) -> Any:
+    """``all`` or a number above 0; a :class:`ValueError` says so."""
+    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("wanted a number above 0, or all for cells")
 
 
 class Patches(Section):
     """How volumes are cut and written."""
 
     size: tuple[Positive, Positive, Positive] = (32, 32, 32)
-    """(I, J, K) of a patch in voxels after preprocessing; a smaller image is padded. Classification: ``preprocess.size``."""
-    sampler: Literal["grid", "random", "balanced", "foreground"] = "random"
+    """(I, J, K) of a patch in voxels after preprocessing; a smaller image is padded. Classification: ``preprocess.size``; cells:
+    ``crops.size``."""
+    sampler: Literal["grid", "random", "balanced", "foreground", "cells"] = "random"
     """How training patches are placed; validation and test are always cut on the grid, so that each voxel is judged.
-    Classification: ``grid``."""
-    per_volume: Positive = 8
-    """Patches per volume (all samplers but grid)."""
+    Classification: ``grid``, or ``cells``: a crop around each cell of a field, in every split."""
+    per_volume: Annotated[Literal["all"] | int, BeforeValidator(_some_or_all)] = 8
+    """Patches per volume (all samplers but grid). Cells: so many of a field at the most, drawn by lot, and ``all`` unless it is
+    said; scoring looks at all of them."""
+    crops: Crops = Crops()
+    """What is cut out around each cell (cells)."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a patch that the next one repeats (grid)."""
     foreground: Share = 0.67
@@ -328,6 +358,28 @@ class Patches(Section):
     """Row groups per split at the least, as far as there are patches: Petastorm's readers need one per rank."""
     file_mb: Annotated[float, Field(gt=0)] = 128.0
     """Size of a Parquet file in MB before compression; also what a Spark task holds in memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_cells(cls, data):
+        """Crops say how large the patches of cells are, and all of them are taken unless ``per_volume`` says otherwise."""
+        if isinstance(data, dict) and data.get("sampler") == "cells":
+            crops = data.get("crops")
+            edge = crops.get("size") if isinstance(crops, dict) else getattr(crops, "size", None)
+            edge = edge if isinstance(edge, int) else Crops().size
+            data = {"size": (edge, edge, 1), "per_volume": "all", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _is_of_cells(self):
+        edge, of_cells = self.crops.size, self.sampler == "cells"
+        if of_cells and self.size != (edge, edge, 1):
+            raise ValueError(f"crops.size {edge} makes patches of {[edge, edge, 1]}, size says {list(self.size)}: leave size out")
+        if not of_cells and self.crops != Crops():
+            raise ValueError(f"crops are for sampler cells, sampler is {self.sampler}")
+        if not of_cells and self.per_volume == "all":
+            raise ValueError(f"per_volume all is for sampler cells, sampler is {self.sampler}")
+        return self
 
 
 class Optimizer(Component):
@@ -857,7 +909,8 @@ class Config(Section):
         """A classifier sees whole images unless ``patches`` says otherwise."""
         if isinstance(data, dict) and data.get("task") == "classification" and isinstance(data.get("preprocess"), dict):
             patches = data.get("patches") or {}
-            if isinstance(patches, dict) and data["preprocess"].get("size") is not None:
+            whole = isinstance(patches, dict) and patches.get("sampler") != "cells"
+            if whole and data["preprocess"].get("size") is not None:
                 data = {**data, "patches": {"size": data["preprocess"]["size"], "sampler": "grid", **patches}}
         return data
 
@@ -878,7 +931,9 @@ class Config(Section):
             raise ValueError("preprocess.illumination and intensity.against: controls are of plates: wanted a section plates")
         if self.preprocess.intensity.against == "controls" and self.plates.maps is None:
             raise ValueError("preprocess.intensity.against: controls wants plates.maps, which say where the controls are")
-        if self.task == "classification" and self.preprocess.size is None:
+        if self.patches.sampler == "cells":
+            self._require_cells()
+        elif self.task == "classification" and self.preprocess.size is None:
             raise ValueError("classification wants preprocess.size: every image is resampled to one shape")
         if self.task == "classification" and self.patches.sampler in ("balanced", "foreground"):
             raise ValueError(f"patches.sampler {self.patches.sampler} needs label images; classification takes grid or random")
@@ -922,6 +977,33 @@ class Config(Section):
         if self.score.masks != "nifti" and self.task != "segmentation":
             raise ValueError(f"score.masks {self.score.masks} is for segmentation, task is {self.task}")
         return self
+
+    def _require_cells(self):
+        table, spec = self.patches.crops.table, self.preprocess
+        if self.task != "classification":
+            raise ValueError(f"patches.sampler cells wants task classification, task is {self.task}")
+        if self.plates is None:
+            raise ValueError("patches.sampler cells is for the fields of plates: wanted a section plates")
+        if table is None and self.plates.nuclei is None:
+            raise ValueError(
+                "patches.sampler cells wants plates.nuclei, which says how they are found, or patches.crops.table, which lists them"
+            )
+        if spec.size or spec.spacing or spec.orientation:
+            said = [k for k in ("size", "spacing", "orientation") if getattr(spec, k)]
+            raise ValueError(
+                f"patches.sampler cells cuts fields as they are stored, in whose pixels centres are: wanted no preprocess.{said[0]}"
+                + ("; preprocess.orientation: null keeps the stored one" if said == ["orientation"] else "")
+            )
+
+    @property
+    def cells(self) -> Cells | None:
+        """How single cells are found and cut out; None unless patches are cells."""
+        if self.patches.sampler != "cells":
+            return None
+        crops, nuclei = self.patches.crops, self.plates.nuclei
+        if crops.table is not None:
+            return Cells(crops=crops.model_copy(update={"table": None}))  # where it lies is no part of what is learnt
+        return Cells(crops=crops, nuclei=nuclei, channel=[name for name, _ in self.plates.channels].index(nuclei.channel))
 
 
 class Deidentification(Section):

@@ -13,8 +13,8 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparkmed import formats, storage
-from sparkmed.config import Cascade, Config, digest
+from sparkmed.config import Cascade, Cells, Config, digest
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import correction
+from sparkmed.hcs.fields import CELL_BYTES, CENTRES
 from sparkmed.imaging import intensity, labels, patches, preprocess
 from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
@@ -70,6 +71,8 @@ class Spill:
     """Patches per class that were asked for and centred on another class instead."""
     refused: dict[str, Refused]
     """Volumes that could not be cut, by uid, and why."""
+    patches: dict[str, int] = field(default_factory=dict)
+    """How many patches the others gave, by uid."""
 
 
 class Stretch(NamedTuple):
@@ -97,16 +100,21 @@ class FilePlan:
 
 _INDEX = np.dtype([("key", "<u8"), ("volume", "<u4"), ("number", "<u4")])
 """Of a patch in a run: its place in the order of the split, its volume (a position in :func:`numbered`), its number there."""
+_CELL = np.dtype([("cell", f"S{CELL_BYTES}"), ("x", "<f8"), ("y", "<f8")])
+"""What the index has besides of a patch that is the crop of a cell: its id in UTF-8, its centre."""
 _MOST_BYTES = 2**31 - 1
 """Of a row group's column: Arrow counts them in 32 bits."""
 
 
 def fields(config: Config, channels: int) -> list[Field]:
+    """The columns of a dataset. Of cells also ``cell``, the id in the field, and ``x`` and ``y``, the centre along I and J in
+    pixels of the field as it is stored, 0 being the middle of the first."""
     size = config.patches.size
     image = Field("image", "float32", (channels, *size), "ndarray")
     truth = Field("label", _label_dtype(config), size, "ndarray") if config.task == "segmentation" else Field("target", "int64")
     group = [Field("group", "int64")] if config.patches.balance else []
-    return [Field("patch_id", "str"), Field("subject", "str"), Field("volume", "str"), image, truth, *group]
+    cell = [Field("cell", "str"), Field("x", "float64"), Field("y", "float64")] if config.cells else []
+    return [Field("patch_id", "str"), Field("subject", "str"), Field("volume", "str"), image, truth, *group, *cell]
 
 
 First = Callable[[Volume], Volume]
@@ -116,14 +124,16 @@ First = Callable[[Volume], Volume]
 def version(rows: Sequence[dict], config: Config) -> str:
     """Name of the dataset that these volumes give under this config: the first 16 hex digits of a digest.
 
-    The first model of a cascade counts by its digest. Raises :class:`ValueError` when it is not pinned.
+    The first model of a cascade counts by its digest, a table of cells by the uids of the fields that it is joined with. Raises
+    :class:`ValueError` when the model is not pinned.
     """
     if config.preprocess.cascade is not None and not config.preprocess.cascade.digest:
         raise ValueError("preprocess.cascade names no digest: the first model is not pinned")
     volumes = sorted((r["uid"], r["label_uid"], r["target"], r["split"], r["subject"]) for r in rows)
     settings = (config.preprocess, config.patches, config.seed, config.classes, config.task)
     balanced = [sorted(groups(rows, config).items())] if config.patches.balance else []
-    return digest(FORMAT_VERSION, LAYOUT, [list(v) for v in volumes], *settings, *balanced)[:16]
+    cells = [config.cells] if config.cells else []
+    return digest(FORMAT_VERSION, LAYOUT, [list(v) for v in volumes], *settings, *balanced, *cells)[:16]
 
 
 def url(lake: str, name: str, version: str) -> str:
@@ -171,14 +181,14 @@ def groups(rows: Iterable[dict], config: Config) -> dict[str, int]:
     return {uid: number[group] for uid, group in found.items()}
 
 
-def group_weights(rows: Sequence[dict], refused: Iterable[str], config: Config) -> list[float]:
+def group_weights(rows: Sequence[dict], counts: Mapping[str, int], config: Config) -> list[float]:
     """By group what the loss of a training patch of it counts, so that all groups count the same and the mean patch 1; 0 of a
-    group without training patches."""
-    known, gone = groups(rows, config), set(refused)
+    group without training patches. ``counts`` are how many patches each volume gave, by uid."""
+    known = groups(rows, config)
     patches = [0] * (max(known.values(), default=-1) + 1)
     for row in rows:
-        if row["split"] == "train" and row["uid"] not in gone:
-            patches[known[row["uid"]]] += patch_count(row, config)
+        if row["split"] == "train":
+            patches[known[row["uid"]]] += counts.get(row["uid"], 0)
     there = sum(n > 0 for n in patches)
     return [sum(patches) / (there * n) if n else 0.0 for n in patches]
 
@@ -194,8 +204,18 @@ def patch_bytes(config: Config, channels: int) -> int:
     return voxels * (4 * channels + (np.dtype(_label_dtype(config)).itemsize if config.task == "segmentation" else 0))
 
 
+def cell_count(row: dict, cells: Cells) -> int:
+    """How many cells a field has: as many as a table lists, and where they are to be found about as many as crops fit side by
+    side."""
+    known, size = json.loads(row["header"] or "{}").get(CENTRES), cells.crops.size
+    return known["cells"] if cells.listed and known else len(patches.grid(tuple(row["shape"][1:]), (size, size, 1)))
+
+
 def patch_count(row: dict, config: Config) -> int:
-    """How many patches a volume gives, from its geometry alone."""
+    """How many patches a volume gives, from its geometry alone; about how many, where they are cells."""
+    if config.cells:
+        count, most = cell_count(row, config.cells), config.patches.per_volume
+        return count if most == "all" else min(count, most)
     if _sampler(row["split"], config) != "grid":
         return config.patches.per_volume
     shape = preprocess.output_shape(tuple(row["shape"][1:]), np.reshape(row["affine"], (4, 4)), config.preprocess)
@@ -224,11 +244,13 @@ def read_image(row: dict) -> Volume:
 
 
 class Patch(NamedTuple):
-    """``number`` of the patch in its volume, (C, I, J, K) float32 image, (I, J, K) label of a segmentation."""
+    """``number`` of the patch in its volume, (C, I, J, K) float32 image, (I, J, K) label of a segmentation; of the crop of a cell
+    its id in the field and its centre along I and J in pixels."""
 
     number: int
     image: np.ndarray
     label: np.ndarray | None
+    cell: tuple[str, float, float] | None = None
 
 
 def patch_id(uid: str, number: int) -> str:
@@ -240,10 +262,11 @@ def cut(row: dict, config: Config, first: First | None = None) -> tuple[Iterator
 
     The image is held with its stored type, or float32 when it is resampled; intensities are scaled patch by patch, to the
     values that :func:`~sparkmed.imaging.preprocess.apply` gives. ``first`` is wanted with a cascade. Raises :class:`Refused` on
-    unreadable pixels, before any patch.
+    unreadable pixels, before any patch; ``NO_CELLS``, ``NO_CENTRES`` and ``CENTRE_OUTSIDE`` where patches are cells.
     """
     header, spec = VolumeHeader.from_row(row), config.preprocess
     volume = [read_image(row)]  # held by the list alone: it is gone when it is placed
+    cells = None if config.cells is None else _cells(volume[0], row, config)
     guidance = preprocess.guidance(first(volume[0]), spec) if spec.cascade is not None else None
     image = preprocess.place(volume.pop(), spec).array
     scale = functools.partial(intensity.scaled, scales=intensity.scales(image, spec.intensity))
@@ -252,13 +275,17 @@ def cut(row: dict, config: Config, first: First | None = None) -> tuple[Iterator
         stored = Grid(np.reshape(header.affine, (4, 4)), header.shape[1:])
         truth = preprocess.place(read_label(row, stored), spec, order=0).array[0]
     spatial, shortfall = image.shape[1:], {}
-    if _sampler(row["split"], config) == "grid":
+    if cells is not None:
+        places = [place for _, (*_, place) in cells]
+    elif _sampler(row["split"], config) == "grid":
         places = patches.grid(spatial, config.patches.size, config.patches.overlap)
     else:
         seed = f"{config.seed}/{row['uid']}"
         places, shortfall = patches.sample(spatial, config.patches, seed, truth, len(config.classes))
     found = _patches(image, scale, truth, np.dtype(_label_dtype(config)), places)
-    return found if guidance is None else _guided(found, guidance, spec.cascade, places), shortfall
+    if guidance is not None:
+        found = _guided(found, guidance, spec.cascade, places)
+    return found if cells is None else _named(found, cells), shortfall
 
 
 def _patches(image, scale, truth, label_dtype, places) -> Iterator[Patch]:
@@ -274,6 +301,32 @@ def _guided(found: Iterator[Patch], guidance: np.ndarray, cascade: Cascade, plac
         yield patch._replace(image=np.concatenate([patch.image, more]))
 
 
+def _cells(volume: Volume, row: dict, config: Config) -> list[tuple[int, tuple]]:
+    """The cells that patches are cut of: their number among all of the field that can be cut, and what
+    :func:`sparkmed.hcs.crops.located` says of them. Those of the least hashes are drawn, with a higher limit too."""
+    from sparkmed.hcs import crops  # pandas and scikit-image are for those who need them
+
+    there = list(enumerate(crops.located(volume, config.cells, read_centres(row) if config.cells.listed else None)))
+    most = config.patches.per_volume
+    if most == "all" or len(there) <= most:
+        return there
+    lots = {number: sha256(f"{config.seed}/{row['uid']}/{cell}".encode()).digest() for number, (cell, *_) in there}
+    drawn = set(sorted(lots, key=lots.__getitem__)[:most])
+    return [t for t in there if t[0] in drawn]
+
+
+def _named(found: Iterator[Patch], cells: list[tuple[int, tuple]]) -> Iterator[Patch]:
+    for patch, (number, (cell, x, y, _)) in zip(found, cells, strict=True):
+        yield patch._replace(number=number, cell=(cell, x, y))
+
+
+def read_centres(row: dict):
+    """The centres of cells that a table lists of the field of a volume row, a data frame: :func:`sparkmed.hcs.crops.listed`."""
+    from sparkmed.hcs import crops  # pandas and scikit-image are for those who need them
+
+    return crops.listed(VolumeHeader.from_row(row))
+
+
 def read_label(row: dict, image: Placed) -> Volume:
     """The label image of a volume row, on the image's axes."""
     label = formats.read_volume(VolumeHeader.from_row(json.loads(row["label"])))
@@ -285,11 +338,11 @@ def spill(volumes: Iterable[tuple[int, dict]], config: Config, channels: int, ur
 
     At most ``patches.file_mb`` of patches are held, and one volume; ``first`` is wanted with a cascade.
     """
-    runs, shortfall, refused = [], Counter(), {}
+    runs, shortfall, refused, counts = [], Counter(), {}, Counter()
     most = max(1, int(config.patches.file_mb * 1e6 / patch_bytes(config, channels)))
     with storage.open(url, "wb") as file:
         for split, members in groupby(sorted(volumes, key=lambda v: (v[1]["split"], v[0])), key=lambda v: v[1]["split"]):
-            waiting: list[tuple[tuple[int, int, int], Patch]] = []
+            waiting: list[tuple[tuple, Patch]] = []
             for volume, row in members:
                 try:
                     found, short = cut(row, config, first)
@@ -298,18 +351,33 @@ def spill(volumes: Iterable[tuple[int, dict]], config: Config, channels: int, ur
                     continue
                 shortfall.update(short)
                 for patch in found:
-                    waiting.append(((order_key(config.seed, patch_id(row["uid"], patch.number)), volume, patch.number), patch))
+                    counts[row["uid"]] += 1
+                    waiting.append((_entry(patch, volume, row["uid"], config), patch))
                     if len(waiting) == most:
-                        runs.append(_run(waiting, file, url, split))
+                        runs.append(_run(waiting, file, url, split, config))
                         waiting = []
             if waiting:
-                runs.append(_run(waiting, file, url, split))
-    return Spill(tuple(runs), dict(shortfall), refused)
+                runs.append(_run(waiting, file, url, split, config))
+    return Spill(tuple(runs), dict(shortfall), refused, dict(counts))
 
 
-def _run(waiting: list[tuple[tuple[int, int, int], Patch]], file, url: str, split: str) -> Run:
+def _index(config: Config) -> np.dtype:
+    """Of the index of a run."""
+    return np.dtype(_INDEX.descr + _CELL.descr) if config.cells else _INDEX
+
+
+def _entry(patch: Patch, volume: int, uid: str, config: Config) -> tuple:
+    """Of a patch in the index of a run."""
+    place = order_key(config.seed, patch_id(uid, patch.number)), volume, patch.number
+    if patch.cell is None:
+        return place
+    cell, x, y = patch.cell
+    return *place, cell.encode(), x, y
+
+
+def _run(waiting: list[tuple[tuple, Patch]], file, url: str, split: str, config: Config) -> Run:
     waiting.sort(key=lambda w: w[0])
-    index, start = np.array([w[0] for w in waiting], _INDEX), file.tell()
+    index, start = np.array([w[0] for w in waiting], _index(config)), file.tell()
     file.write(index.tobytes())
     for _, patch in waiting:
         for array in (patch.image, patch.label):
@@ -324,7 +392,7 @@ def plan(spills: Sequence[Spill], config: Config, channels: int) -> list[FilePla
 
     The same files whatever volumes share a spill.
     """
-    record, plans = _record_bytes(config, channels), []
+    record, entry, plans = _record_bytes(config, channels), _index(config).itemsize, []
     size = patch_bytes(config, channels)
     for split in ("train", "val", "test"):
         runs = [run for s in spills for run in s.runs if run.split == split]
@@ -340,7 +408,7 @@ def plan(spills: Sequence[Spill], config: Config, channels: int) -> list[FilePla
         ends = [[0, *np.searchsorted(run.keys, inner).tolist(), len(run.keys)] for run in runs]
         for f in range(files):
             stretches = tuple(
-                Stretch(run.url, run.start + a * _INDEX.itemsize, run.start + len(run.keys) * _INDEX.itemsize + a * record, b - a)
+                Stretch(run.url, run.start + a * entry, run.start + len(run.keys) * entry + a * record, b - a)
                 for run, (a, b) in zip(runs, (e[f : f + 2] for e in ends), strict=True)
                 if b > a
             )
@@ -354,9 +422,9 @@ def write(plan: FilePlan, facts: Sequence[tuple[str, str, int | None, int]], con
 
     ``facts`` are (uid, subject, target, number of the group) of the volumes by their numbers.
     """
-    schema = arrow_schema(fields(config, channels))
-    wanted = [(s.url, s.index, s.index + s.rows * _INDEX.itemsize) for s in plan.stretches]
-    index = np.concatenate([np.frombuffer(part, _INDEX) for part in storage.read_ranges(wanted)])
+    schema, entry = arrow_schema(fields(config, channels)), _index(config)
+    wanted = [(s.url, s.index, s.index + s.rows * entry.itemsize) for s in plan.stretches]
+    index = np.concatenate([np.frombuffer(part, entry) for part in storage.read_ranges(wanted)])
     stretch = np.repeat(np.arange(len(plan.stretches)), [s.rows for s in plan.stretches])
     position = np.concatenate([np.arange(s.rows) for s in plan.stretches])
     order = np.lexsort((index["number"], index["volume"], index["key"]))
@@ -405,6 +473,9 @@ def _columns(index: np.ndarray, facts, arrays: list[np.ndarray], config: Config)
         columns.append(pa.array([v[2] for v in volumes], pa.int64()))
     if config.patches.balance:
         columns.append(pa.array([v[3] for v in volumes], pa.int64()))
+    if config.cells:
+        columns.append(pa.array([cell.decode() for cell in index["cell"].tolist()], pa.string()))
+        columns += [pa.array(index[c].astype(np.float64)) for c in ("x", "y")]
     return columns
 
 
@@ -432,7 +503,7 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 def arrow_schema(columns: Sequence[Field]) -> pa.Schema:
-    kinds = {"str": pa.string(), "int64": pa.int64()}
+    kinds = {"str": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
     return pa.schema([pa.field(f.name, pa.binary() if f.codec == "ndarray" else kinds[f.dtype], nullable=False) for f in columns])
 
 
@@ -440,11 +511,12 @@ def description(
     config: Config, rows: Sequence[dict], spills: Sequence[Spill], plans: Sequence[FilePlan], lineage: dict
 ) -> dict[str, Any]:
     """What :func:`describe` gives back."""
-    counts, shortfall = Counter(), Counter()
+    counts, shortfall, given = Counter(), Counter(), {}
     for p in plans:
         counts[p.split] += p.rows
     for s in spills:
         shortfall.update({config.classes[c]: n for c, n in s.shortfall.items()})
+        given |= s.patches
     subjects = {split: len({r["subject"] for r in rows if r["split"] == split}) for split in counts}
     return {
         "format_version": FORMAT_VERSION,
@@ -457,10 +529,11 @@ def description(
         "counts": dict(counts),
         "subjects": subjects,
         "shortfall": dict(shortfall),
-        "group_weights": group_weights(rows, {u for s in spills for u in s.refused}, config) if config.patches.balance else None,
+        "group_weights": group_weights(rows, given, config) if config.patches.balance else None,
         "refused": {uid: [e.reason, e.message] for s in spills for uid, e in s.refused.items()},
         "files": {p.path: p.rows for p in plans},
         "cascade": config.preprocess.cascade and config.preprocess.cascade.model_dump(mode="json", exclude={"tracking"}),
+        "cells": config.cells and config.cells.model_dump(mode="json"),
         "fields": [f.__dict__ | {"shape": list(f.shape)} for f in fields(config, channels(rows, config))],
         **lineage,
     }

@@ -64,13 +64,14 @@ def figures(volume: Mapping, prediction: Mapping, classes: Sequence[str]) -> dic
     """The figures of one volume from its rows in ``volumes/`` and ``predictions/``, to four digits: rounding is no drift.
 
     Geometry (spacing in mm, field of view in ml), intensity at :data:`~sparkmed.imaging.intensity.QUANTILES` for each channel,
-    probability and volume in ml by class. What a row does not hold is left out.
+    probability and volume in ml by class, how many cells were scored. What a row does not hold is left out.
     """
     spacing, shape = volume["spacing"], volume["shape"][1:]
     found = {
         "finest spacing mm": min(spacing),
         "coarsest spacing mm": max(spacing),
         "field ml": math.prod(spacing) * math.prod(shape) / 1000,
+        "cells": prediction.get("cells"),
     }
     values = prediction.get("quantiles") or []
     channels = len(values) // len(QUANTILES)

@@ -570,7 +570,7 @@ def _gallery(config: Config, model_url: str, rows: Sequence[dict], evaluated: li
             image = dataset.read_image(row)
             if row["uid"] not in known:
                 model = model or Model.load(model_url, "cpu", config.imports)
-                known[row["uid"]] = list(model.predict(image).values())
+                known[row["uid"]] = list(model.predict(image, scoring.centres(model, row)).values())
         except Refused:
             continue
         p = int(np.argmax(known[row["uid"]]))

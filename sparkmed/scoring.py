@@ -2,11 +2,14 @@
 
 import contextlib
 import datetime
+import io
 import math
 import time
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sparkmed import dataset, storage
 from sparkmed.config import Segment, digest
@@ -16,7 +19,7 @@ from sparkmed.imaging import intensity, patches, preprocess
 from sparkmed.imaging.geometry import Grid
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import inference, metrics
-from sparkmed.learning.model import ClassProbabilities, Model, ModelSpec, Segmentation, blank
+from sparkmed.learning.model import CellProbabilities, ClassProbabilities, EnsembleSpec, Model, ModelSpec, Segmentation, blank
 from sparkmed.reasons import PASSING
 from sparkmed.rejection import Refused
 
@@ -64,7 +67,9 @@ class SegFolder:
 
 def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder | None = None) -> dict:
     """The prediction of one volume row as columns of ``predictions/``; writes the label map to ``mask_url`` and as DICOM SEG into
-    ``segs`` (segmentation), as the model's score settings say.
+    ``segs`` (segmentation), as the model's score settings say. Of a model of single cells what it says of each goes to ``mask_url``
+    as Parquet (:func:`cell_table`), and the row stands on all ``cells`` of the field: the mean of their probabilities, the median
+    of their features.
 
     ``features`` are what the last layer of a classifier sees, where the settings ask for them. ``ml`` is millilitres per class;
     ``probability`` is per class the probability of the image, or the mean over the voxels where that class was predicted and stayed
@@ -80,12 +85,45 @@ def score(model: Model, row: dict, mask_url: str | None = None, segs: SegFolder 
     if model.spec.task == "segmentation":
         found: Segmentation | ClassProbabilities = model.segment(image, keeps_probabilities(model, segs), truth)
         out = written(model, row, found, mask_url, segs, truth)
+    elif not isinstance(model.spec, EnsembleSpec) and model.spec.cells is not None:
+        several = model.cells(image.pop(), centres(model, row), model.spec.score.features)
+        out = written(model, row, model.named(several.of_field)) | {"cells": len(several.cells)}
+        if model.spec.score.features:
+            out["features"] = several.profile.tolist()
+        if mask_url:
+            with _own_files():
+                _write_cells(cell_table(several, row, model.spec.classes), mask_url)
     elif model.spec.score.features:
         found, features = model.embed(image.pop())
         out = written(model, row, found) | {"features": features.tolist()}
     else:
-        out = written(model, row, model.predict(image.pop()))
+        out = written(model, row, model.predict(image.pop(), centres(model, row)))
     return out | {"seconds": time.perf_counter() - started, "quantiles": quantiles}
+
+
+def centres(model: Model, row: dict):
+    """The cells that a table lists of a volume row, as :meth:`Model.predict` wants them; None unless the model does."""
+    return dataset.read_centres(row) if model.listed else None
+
+
+def cell_table(found: CellProbabilities, row: dict, classes: tuple[str, ...]) -> pa.Table:
+    """A row per cell of a field: ``volume``, ``plate``, ``well``, ``site``, ``cell``, ``x`` and ``y`` (pixels along I and J of the
+    field as it is stored), ``probability_<class>``, and ``features`` where they are kept."""
+    facts, many = VolumeHeader.from_row(row).facts, len(found.cells)
+    plate, well, site = (facts.get(name) for name in ("plate", "well", "site"))
+    columns = {
+        "volume": pa.array([row["uid"]] * many, pa.string()),
+        "plate": pa.array([plate] * many, pa.string()),
+        "well": pa.array([well] * many, pa.string()),
+        "site": pa.array([site] * many, pa.int64()),
+        "cell": pa.array(found.cells, pa.string()),
+        "x": pa.array(found.x, pa.float64()),
+        "y": pa.array(found.y, pa.float64()),
+    }
+    columns |= {f"probability_{c}": pa.array(found.probabilities[:, n].astype(np.float64)) for n, c in enumerate(classes)}
+    if found.features is not None:
+        columns["features"] = pa.array(list(found.features), pa.list_(pa.float32()))
+    return pa.table(columns)
 
 
 def keeps_probabilities(model: Model, segs: SegFolder | None) -> bool:
@@ -154,19 +192,25 @@ def written(
 def cost(row: dict, spec: ModelSpec, gpu: bool = False) -> float:
     """About how many nanoseconds a volume row takes to score: what tasks are packed by.
 
-    Its windows count, after preprocessing to the model's grid, and its voxels, which are read, decoded, resampled and written.
+    Its windows count, after preprocessing to the model's grid, and its voxels, which are read, decoded, resampled and written; of
+    single cells their crops, about as many as there are, and what it takes to find them.
     """
     voxels, network = math.prod(row["shape"]), _NETWORK_GPU_NS if gpu else _NETWORK_NS
     try:
         shape = _preprocessed_shape(row, spec)
     except Refused:  # it will be refused
         return voxels * _VOXEL_NS
-    windows = spec.windows(shape) if spec.task == "segmentation" else patches.grid(shape, spec.window)
-    return len(windows) * math.prod(spec.window) * network + voxels * (_VOXEL_NS + (_DECODING_NS if _is_compressed(row) else 0))
+    if spec.cells is not None:
+        windows, finding = dataset.cell_count(row, spec.cells), 0.0 if spec.cells.listed else math.prod(shape) * _FINDING_NS
+    else:
+        windows, finding = len(spec.windows(shape) if spec.task == "segmentation" else patches.grid(shape, spec.window)), 0.0
+    reading = voxels * (_VOXEL_NS + (_DECODING_NS if _is_compressed(row) else 0))
+    return windows * math.prod(spec.window) * network + finding + reading
 
 
 _NETWORK_NS, _NETWORK_GPU_NS = 2000.0, 20.0  # per voxel of a window: a UNet of MONAI
 _VOXEL_NS, _DECODING_NS = 200.0, 60.0  # per voxel of the volume
+_FINDING_NS = 400.0  # per pixel in which nuclei are looked for
 
 
 def megabytes(row: dict, spec: ModelSpec) -> float:
@@ -291,6 +335,12 @@ def _write_seg(model: Model, labels: Volume, probabilities: Volume | None, heade
     return name
 
 
+def _write_cells(table: pa.Table, url: str):
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    storage.write_bytes(url, buffer.getvalue())
+
+
 def dice(predicted: np.ndarray, truth: np.ndarray, classes: int) -> list[float | None]:
     """Dice (1945) per class of two label maps of one shape: 2 |A and B| / (|A| + |B|), null where a class is in neither.
 
@@ -325,3 +375,8 @@ def subject_scores(rows: list[dict]) -> dict[str, float]:
 def mask_path(name: str, version: str, settings: str, subject: str, volume: str) -> str:
     """Where the label map of a volume lies below the lake; holds a pseudonym and digests only."""
     return f"predictions/masks/{storage.component(name)}/{version}/{settings}/{storage.component(subject)}_{volume}.nii.gz"
+
+
+def cells_path(name: str, version: str, settings: str, subject: str, volume: str) -> str:
+    """Where :func:`cell_table` of a field lies below the lake, as :func:`mask_path`."""
+    return f"predictions/cells/{storage.component(name)}/{version}/{settings}/{storage.component(subject)}_{volume}.parquet"

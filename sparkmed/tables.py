@@ -130,6 +130,8 @@ PREDICTIONS = pa.schema(
         ),  # against a label where there is one: Dice per class (null: absent in both), or correctness
         ("quantiles", pa.list_(pa.float64())),  # of the image's values: intensity.QUANTILES, channel by channel
         ("features", pa.list_(pa.float32())),  # of the image, before the last layer (classification, where score.features)
+        ("cells", pa.int64()),  # of the field that the prediction stands on (a model of single cells, no ensemble)
+        ("cell_table", pa.string()),  # path of the Parquet below the lake with what is said of each of them: scoring.cell_table
         ("reliability", pa.list_(pa.float64())),  # against a label: metrics.reliability, of voxels or of the image
         ("seconds", pa.float64()),
         ("device", pa.string()),

@@ -1,12 +1,15 @@
 """Small archives with known answers, written for tests."""
 
+import copy
 import itertools
 import pathlib
 
 import numpy as np
 import tifffile
 
-from sparkmed.formats import nifti
+from sparkmed import config, formats, storage
+from sparkmed.formats import archive, nifti
+from sparkmed.hcs import fields
 from sparkmed.imaging import phantom
 
 SHAPE = (24, 24, 16)
@@ -78,6 +81,24 @@ def plate(folder, columns: int = 4, size: int = 48, seed: int = 0) -> list[str]:
     return names
 
 
+def plate_rows(folder, plates) -> list[dict]:
+    """Rows of ``volumes/`` of the fields in a folder of :func:`plate`, labelled: the last column is positive, row C is of the
+    validation split, D of the test split."""
+    members = [m for f in storage.walk(str(folder)) for m in archive.members(f, config.Catalog())]
+    found = fields.assemble([formats.read_instance(m) for m in members], plates)
+    assert not found.rejections
+    last, rows = max((h.facts["column"] for h in found.headers), default=0), []
+    for h in found.headers:
+        split = {"C": "val", "D": "test"}.get(h.facts["well"][0], "train")
+        label = {"target": int(h.facts["column"] == last), "label": None, "label_uid": None}
+        rows.append(h.row() | {"subject": h.facts["well"], "split": split, **label})
+    return rows
+
+
+CELLS = {"preprocess": {"orientation": None}, "patches": {"sampler": "cells", "crops": {"size": 12}, "row_groups": 4}}
+"""Changes of :func:`plate_config` that cut the cells of :func:`plate` out."""
+
+
 def plate_config(archive, lake, **changes) -> dict:
     plain = {
         "name": "plates", "task": "classification", "classes": ["negative", "positive"], "archive": str(archive), "lake": str(lake),
@@ -97,5 +118,5 @@ def plate_config(archive, lake, **changes) -> dict:
         where = plain
         for name in section.split("__") if section else []:
             where = where[name]
-        where[last] = value
+        where[last] = copy.deepcopy(value)
     return plain

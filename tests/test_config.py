@@ -53,11 +53,56 @@ LEAST = {"name": "p", "task": "segmentation", "classes": ["background", "organ"]
         ({"plates": {"channels": {"DNA": 1}, "convention": "sbs", "pattern": "(?P<well>.*)"}}, "pattern and convention both say"),
         ({"plates": {"channels": {"DNA": 1}, "pattern": "(?P<wel>.*)"}}, "names wel, wanted groups among batch, channel"),
         ({"plates": {"channels": {"DNA": 1}, "maps": {"columns": {"dose": "x"}}}}, "columns names dose; did you mean"),
+        ({"patches": {"per_volume": 0}}, "patches.per_volume: wanted a number above 0, or all for cells, got 0"),
+        ({"patches": {"per_volume": "all"}}, "patches: per_volume all is for sampler cells, sampler is random"),
+        ({"patches": {"crops": {"table": "t.csv"}}}, "patches: crops are for sampler cells, sampler is random"),
+        ({"patches": {"sampler": "cells"}}, "patches.sampler cells wants task classification"),
     ],
 )
 def test_a_wrong_config_is_one_sentence(change, sentence):
     with pytest.raises(InputError, match=sentence.replace("?", r"\?").replace("+", r"\+")):
         config.parse(LEAST | change)
+
+
+OF_CELLS = LEAST | {
+    "task": "classification", "plates": {"channels": {"GFP": 1, "DNA": 2}, "nuclei": {"diameter": 9}},
+    "preprocess": {"orientation": None}, "patches": {"sampler": "cells", "crops": {"size": 40}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"plates": None}, "patches.sampler cells is for the fields of plates: wanted a section plates"),
+        ({"plates": {"channels": {"DNA": 1}}}, "cells wants plates.nuclei, which says how they are found, or patches.crops.table"),
+        ({"preprocess": {}}, "wanted no preprocess.orientation; preprocess.orientation: null keeps the stored one"),
+        ({"preprocess": {"orientation": None, "size": [40, 40, 1]}}, "fields as they are stored.* wanted no preprocess.size"),
+        ({"preprocess": {"orientation": None, "spacing": [1, 1, 1]}}, "wanted no preprocess.spacing"),
+        (
+            {"patches": {"sampler": "cells", "size": [32, 32, 1]}},
+            r"patches: crops.size 96 makes patches of \[96, 96, 1\], size says \[32, 32, 1\]: leave size out",
+        ),
+        ({"patches": {"sampler": "cells", "per_volume": "some"}}, "wanted a number above 0, or all for cells, got 'some'"),
+        ({"patches": {"sampler": "cells", "crops": {"border": "cut"}}}, "patches.crops.border"),
+    ],
+)
+def test_a_config_of_cells_that_is_wrong_is_one_sentence(change, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config.parse(OF_CELLS | change)
+
+
+def test_patches_of_cells_are_as_large_as_their_crops_and_all_of_them():
+    found = config.parse(OF_CELLS)
+    assert (found.patches.size, found.patches.per_volume) == ((40, 40, 1), "all")
+    assert (
+        found.cells == config.Cells(crops=config.Crops(size=40), nuclei=found.plates.nuclei, channel=1) and not found.cells.listed
+    )
+    assert config.parse(found.model_dump(mode="json")) == found
+    patches = {"sampler": "cells", "per_volume": 50, "crops": {"table": "cells.csv"}}
+    listed = config.parse(OF_CELLS | {"plates": {"channels": {"DNA": 1}}, "patches": patches})
+    assert listed.cells == config.Cells(crops=config.Crops()) and listed.cells.listed and listed.patches.per_volume == 50
+    whole = {"task": "classification", "preprocess": {"size": [8, 8, 1]}}
+    assert config.parse(LEAST | whole).cells is None
 
 
 def test_overrides_replace_values_at_any_depth(tmp_path):

@@ -1,18 +1,22 @@
 import hashlib
 import io
 import json
+import math
 
 import hypothesis
 import hypothesis.strategies as st
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from archives import ct_config, ct_pairs, plate_config
+import tifffile
+from archives import CELLS, ct_config, ct_pairs, plate, plate_config, plate_rows
 
 from sparkmed import config, dataset, formats, storage
 from sparkmed.formats import archive, series
 from sparkmed.formats.instance import VolumeHeader
+from sparkmed.hcs import crops, nuclei
 from sparkmed.imaging import geometry, patches, preprocess
 from sparkmed.rejection import InputError, Rejection
 
@@ -42,16 +46,16 @@ def settings(tmp_path, **patches):
     return config.parse(plain | {"patches": plain["patches"] | patches})
 
 
-def made(rows, s, folder, groups=1):
+def made(rows, s, folder, groups=1, channels=1):
     """Spills, plans and files in the order of their paths, of ``groups`` groups of volumes."""
     volumes = dataset.numbered(rows)
     group = dataset.groups(rows, s)
     facts = [(r["uid"], r["subject"], r["target"], group[r["uid"]]) for _, r in volumes]
     (folder / "spilled").mkdir(parents=True)
-    spills = [dataset.spill(volumes[i::groups], s, 1, str(folder / "spilled" / str(i))) for i in range(groups)]
-    plans = dataset.plan(spills, s, 1)
+    spills = [dataset.spill(volumes[i::groups], s, channels, str(folder / "spilled" / str(i))) for i in range(groups)]
+    plans = dataset.plan(spills, s, channels)
     for p in plans[::-1]:
-        dataset.write(p, facts, s, 1, str(folder))
+        dataset.write(p, facts, s, channels, str(folder))
     return spills, plans, {p.path: (folder / p.path).read_bytes() for p in plans}
 
 
@@ -86,12 +90,12 @@ def test_groups_weigh_the_same_in_all_and_a_patch_one_on_average():
     rows = []
     of = [(0, "P1", "train")] * 6 + [(1, "P1", "train")] * 2 + [(1, None, "train"), (0, "P2", "val")]
     shared = {"label_uid": None, "subject": "s", "shape": [2, 48, 48, 1], "affine": np.eye(4).ravel().tolist()}
-    for n, (target, plate, split) in enumerate(of):
-        header = json.dumps({"plate": plate} if plate else {})
+    for n, (target, name, split) in enumerate(of):
+        header = json.dumps({"plate": name} if name else {})
         rows.append({"uid": f"u{n}", "target": target, "split": split, "header": header, **shared})
     found = dataset.groups(rows, s)
     assert found == dataset.groups(rows[::-1], s) and len(set(found.values())) == 4
-    weights = dataset.group_weights(rows, ["u0"], s)
+    weights = dataset.group_weights(rows, {f"u{n}": 1 for n in range(1, 10)}, s)
     counted = [r["uid"] for r in rows[1:9]]
     assert np.mean([weights[found[uid]] for uid in counted]) == pytest.approx(1)
     sums = {g: sum(weights[found[uid]] for uid in counted if found[uid] == g) for g in {found[uid] for uid in counted}}
@@ -216,6 +220,155 @@ def test_the_version_depends_on_the_digest_of_the_first_model(rows, tmp_path):
     assert len(versions) == 4
     with pytest.raises(ValueError, match="the first model is not pinned"):
         dataset.version(rows, guided(s, digest=""))
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    """Folder of a plate of 12 fields, and their rows."""
+    folder = tmp_path_factory.mktemp("screen")
+    plate(folder, 3, size=64)
+    rows = plate_rows(folder / "images", cells_of().plates)
+    assert len(rows) == 12
+    return folder / "images", rows
+
+
+def cells_of(**patches):
+    """A config whose patches are cells."""
+    return config.parse(plate_config("a", "l", **CELLS | {"patches": CELLS["patches"] | patches}))
+
+
+def cells_in(files):
+    """Rows by volume and cell, images as arrays."""
+    rows = [r for data in files.values() for r in table(data)]
+    return {(r["volume"], r["cell"]): r | {"image": np.load(io.BytesIO(r["image"]))} for r in rows}
+
+
+def pixels(folder, row):
+    """(C, I, J) of a field, by a peer."""
+    return np.stack([tifffile.imread(folder / path).T for path in row["source_paths"]])
+
+
+@pytest.mark.parametrize("border", ["excluded", "padded"])
+def test_patches_of_cells_are_what_lies_around_their_centres(screen, tmp_path, border):
+    folder, rows = screen
+    s = cells_of(crops={"size": 13, "border": border})
+    spills, plans, files = made(rows, s, tmp_path / "d", 2, channels=2)
+    written, there = cells_in(files), set()
+    for row in rows:
+        array = pixels(folder, row)
+        values = np.stack([(c - c.mean()) / c.std() for c in array.astype(np.float64)])
+        wide = np.pad(values, ((0, 0), (6, 6), (6, 6)))
+        for nucleus in nuclei.find(array[1], s.plates.nuclei).cells.itertuples():
+            i, j = math.floor(nucleus.x + 0.5), math.floor(nucleus.y + 0.5)
+            if border == "excluded" and not (6 <= i < 58 and 6 <= j < 58):
+                continue
+            found = written[row["uid"], str(nucleus.cell)]
+            assert (found["x"], found["y"]) == (nucleus.x, nucleus.y) and found["target"] == row["target"]
+            np.testing.assert_allclose(found["image"][..., 0], wide[:, i : i + 13, j : j + 13], atol=1e-4)
+            there.add((row["uid"], str(nucleus.cell)))
+    assert set(written) == there and len(there) > 24
+    said = dataset.description(s, rows, spills, plans, {})
+    assert sum(said["counts"].values()) == len(there) and said["cells"]["nuclei"]["channel"] == "DNA"
+    assert [f["name"] for f in said["fields"]][-3:] == ["cell", "x", "y"]
+
+
+def test_the_bytes_of_cells_do_not_depend_on_who_cuts_which_fields(screen, tmp_path):
+    s = cells_of(file_mb=0.006, per_volume=3)
+    _, rows = screen
+    found = []
+    for groups, given in [(1, rows), (2, rows[::-1]), (7, rows[5:] + rows[:5])]:
+        spills, plans, files = made(given, s, tmp_path / str(groups), groups, 2)
+        found.append((files, dataset.description(s, given, spills, plans, {})))
+    assert found[0] == found[1] == found[2] and len(found[0][0]) > 3
+
+
+def test_cells_are_drawn_by_lot_and_keep_their_names(screen, tmp_path):
+    _, rows = screen
+    whole = cells_in(made(rows, cells_of(), tmp_path / "all", channels=2)[2])
+    two = cells_in(made(rows, cells_of(per_volume=2), tmp_path / "two", channels=2)[2])
+    three = cells_in(made(rows, cells_of(per_volume=3), tmp_path / "three", channels=2)[2])
+    assert set(two) < set(three) <= set(whole)
+    assert all(r["patch_id"] == whole[k]["patch_id"] and np.array_equal(r["image"], whole[k]["image"]) for k, r in two.items())
+    for row in rows:
+        assert sum(k[0] == row["uid"] for k in two) == min(2, sum(k[0] == row["uid"] for k in whole))
+    other = cells_of(per_volume=2).model_copy(update={"seed": 1})
+    assert set(cells_in(made(rows, other, tmp_path / "other", channels=2)[2])) != set(two)
+
+
+def test_groups_weigh_by_the_cells_that_were_cut(screen, tmp_path):
+    _, rows = screen
+    s = cells_of(balance=["class"])
+    spills, plans, files = made(rows, s, tmp_path / "d", 3, 2)
+    split = {r["uid"]: r["split"] for r in rows}
+    trained = [r for r in cells_in(files).values() if split[r["volume"]] == "train"]
+    weights = dataset.description(s, rows, spills, plans, {})["group_weights"]
+    sums = [sum(weights[r["group"]] for r in trained if r["target"] == t) for t in (0, 1)]
+    assert sums == pytest.approx([len(trained) / 2] * 2) and weights[0] < weights[1]
+
+
+def test_a_field_without_a_cell_is_refused_by_name_and_the_others_stay(screen, tmp_path):
+    _, rows = screen
+    (tmp_path / "blank").mkdir()
+    for channel in (1, 2):
+        tifffile.imwrite(tmp_path / "blank" / f"Channel{channel}-96-H-12.tif", np.full((64, 64), 20, np.uint8))
+    (blank,) = plate_rows(tmp_path / "blank", cells_of().plates)
+    every = [*rows, blank]
+    spills, plans, files = made(every, cells_of(), tmp_path / "d", 2, 2)
+    said = dataset.description(cells_of(), every, spills, plans, {})
+    assert said["refused"] == {blank["uid"]: ["NO_CELLS", "0 cells are there"]}
+    assert cells_in(files).keys() == cells_in(made(rows, cells_of(), tmp_path / "alone", 1, 2)[2]).keys()
+
+
+def listed(rows, centres, folder):
+    """Rows of the fields that a table is joined with."""
+    joined, _ = crops.joined([VolumeHeader.from_row(r) for r in rows], crops.checked(pd.DataFrame(centres)), str(folder))
+    return [r | h.row() for r, h in zip(rows, joined, strict=True)]
+
+
+def test_a_table_of_what_the_finder_finds_gives_the_same_crops(screen, tmp_path):
+    folder, rows = screen
+    s, by_table = cells_of(), cells_of(crops={"size": 12, "table": "cells.csv"})
+    centres = [
+        {"image": row["source_paths"][0], "cell": n.cell, "x": n.x, "y": n.y}
+        for row in rows
+        for n in nuclei.find(pixels(folder, row)[1], s.plates.nuclei).cells.itertuples()
+    ]
+    found = cells_in(made(rows, s, tmp_path / "found", channels=2)[2])
+    given = listed(rows, centres, tmp_path / "centres")
+    again = cells_in(made(given, by_table, tmp_path / "table", 2, 2)[2])
+    uid = {r["uid"]: before["uid"] for r, before in zip(given, rows, strict=True)}
+    assert {(uid[volume], cell) for volume, cell in again} == set(found)
+    for (volume, cell), r in again.items():
+        same = found[uid[volume], cell]
+        assert (r["x"], r["y"]) == (same["x"], same["y"]) and np.array_equal(r["image"], same["image"])
+    assert dataset.patch_count(given[0], by_table) == sum(c["image"] == rows[0]["source_paths"][0] for c in centres)
+
+
+def test_a_table_with_a_centre_outside_or_without_a_field_loses_that_field_alone(screen, tmp_path):
+    _, rows = screen
+    s = cells_of(crops={"size": 12, "table": "cells.csv"})
+    centres = [{"image": r["source_paths"][0], "x": 30, "y": 20.4} for r in rows]
+    whole = listed(rows, centres, tmp_path / "centres")
+    centres[2]["x"] = 64
+    spoilt = listed(rows, centres[:-1], tmp_path / "centres")
+    assert dataset.version(whole, s) != dataset.version(spoilt, s) == dataset.version(spoilt[::-1], s)
+    assert [a["uid"] == b["uid"] for a, b in zip(whole, spoilt, strict=True)] == [n not in (2, 11) for n in range(12)]
+    spills, plans, files = made(spoilt, s, tmp_path / "d", 2, 2)
+    said = dataset.description(s, spoilt, spills, plans, {})
+    assert said["refused"] == {
+        spoilt[2]["uid"]: ["CENTRE_OUTSIDE", "cell 1 lies at (64, 20.4), the field is of 64 x 64 pixels"],
+        spoilt[11]["uid"]: ["NO_CENTRES", "the table of cells has no row of the field"],
+    }
+    assert sum(said["counts"].values()) == 10 == len(cells_in(files))
+    assert dataset.spill([(0, rows[0])], s, 2, str(tmp_path / "x")).refused[rows[0]["uid"]].reason == "NO_CENTRES"
+
+
+def test_the_version_of_cells_depends_on_how_they_are_found(screen):
+    _, rows = screen
+    finders = [{}, {"plates__nuclei": {"channel": "GFP"}}, {"plates__nuclei": {"channel": "DNA", "diameter": 9}}]
+    many = [config.parse(plate_config("a", "l", **CELLS | f)) for f in finders]
+    many += [cells_of(per_volume=5), cells_of(crops={"size": 14}), cells_of(crops={"size": 12, "border": "padded"})]
+    assert len({dataset.version(rows, s) for s in many}) == len(many)
 
 
 def npy(array):

@@ -373,6 +373,7 @@ def test_vacuum_takes_what_nobody_can_need(project, capsys):
     leftovers = [
         f"predictions/{row.path}", f"volumes/_seen/{seen.path}",
         f"{os.path.dirname(mask)}/sub_gone.nii.gz", f"predictions/masks/.a.nii.gz.{name}", f".seen-{'0' * 32}.1",
+        "predictions/cells/sub_gone.parquet", "centres/0123.parquet",
         "datasets/nightly/cafe.writing-01234567/_spilled/a", "datasets/nightly/cafe.broken-17/a", "check-01234567/catalog/a",
     ]  # fmt: skip
     for path in leftovers[2:]:
@@ -396,12 +397,12 @@ def test_vacuum_takes_what_nobody_can_need(project, capsys):
     said = capsys.readouterr().out
     assert left() == everything and "would be removed" in said
     assert {line.split()[-1] for line in said.splitlines()[:-1]} == {
-        *leftovers[:5], "datasets/nightly/cafe.writing-01234567", "datasets/nightly/cafe.broken-17", "check-01234567",
+        *leftovers[:7], "datasets/nightly/cafe.writing-01234567", "datasets/nightly/cafe.broken-17", "check-01234567",
     }  # fmt: skip
     with lease.held(lease.url(settings.lake, "score"), "predictions"):
         pipeline.vacuum(settings)
-    assert everything - left() == set(leftovers) - {leftovers[2]}, "masks wait while a run is at work"
-    assert cli.main(["vacuum", yaml_file]) == 0 and "1 removed, 2 bytes" in capsys.readouterr().out
+    assert everything - left() == set(leftovers) - {leftovers[2], leftovers[5]}, "masks wait while a run is at work"
+    assert cli.main(["vacuum", yaml_file]) == 0 and "2 removed, 4 bytes" in capsys.readouterr().out
     assert left() - {"mlflow.db"} == needed - {"mlflow.db"} | {*young, "datasets/nightly/cafe.writing-89abcdef/b"}
     assert pipeline.vacuum(settings) == []
     with pytest.raises(InputError, match="does not exist"):

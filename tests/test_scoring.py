@@ -1,21 +1,28 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 import torch
+from archives import CELLS, plate, plate_config, plate_rows
 from formats import dicoms
 from monai.metrics import compute_dice
 
-from sparkmed import formats, scoring, storage
-from sparkmed.config import Component, Preprocess, Score
+from sparkmed import config, dataset, formats, scoring, storage
+from sparkmed.config import Cells, Component, Crops, Nuclei, Preprocess, Score
 from sparkmed.formats import dicom_seg, nifti
+from sparkmed.formats.instance import VolumeHeader
+from sparkmed.hcs import crops
+from sparkmed.hcs.correction import Correction
+from sparkmed.hcs.plate_intensity import ControlScale
 from sparkmed.imaging import intensity
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import networks
@@ -46,6 +53,87 @@ def test_subject_scores_average_volumes_first_then_leave_absent_classes_out():
         {"subject": "c", "score": [1.0]},
     ]
     assert scoring.subject_scores(rows) == {"a": 0.5, "c": 1.0}
+
+
+def of_cells(cells=Cells(crops=Crops(size=12), nuclei=Nuclei(), channel=1), **score) -> Model:  # noqa: B008
+    """A classifier of the single cells of a plate."""
+    spec = ModelSpec(
+        name="cells", task="classification", classes=("negative", "positive"), in_channels=2, spatial_dims=2, window=(12, 12, 1),
+        network=Component(name="DenseNet121", init_features=4, growth_rate=2, block_config=[1, 1]),
+        preprocess=Preprocess(orientation=None), score=Score(**score),
+        cells=cells,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return Model(spec, networks.build(spec.network, 2, 2, 2))
+
+
+def test_a_prediction_of_a_field_stands_on_its_cells(tmp_path):
+    plate(tmp_path / "plate", 2, size=64)
+    settings = config.parse(plate_config("a", "l", **CELLS))
+    rows, model = plate_rows(tmp_path / "plate" / "images", settings.plates), of_cells(features=True)
+    for row in rows[:3]:
+        out = scoring.score(model, row, str(tmp_path / "cells.parquet"))
+        cut = list(dataset.cut(row, settings)[0])
+        by_hand = model.predict_patches(np.stack([p.image for p in cut]))
+        assert out["cells"] == len(cut) > 0 and out["probability"] == pytest.approx(by_hand.mean(0), abs=1e-5)
+        assert out["score"] == [float(np.argmax(out["probability"]) == row["target"])] and len(out["features"]) == 5
+        written = pd.read_parquet(tmp_path / "cells.parquet")
+        assert list(zip(written.cell, written.x, written.y, strict=True)) == [p.cell for p in cut]
+        np.testing.assert_allclose(written[["probability_negative", "probability_positive"]], by_hand, atol=1e-5)
+        np.testing.assert_allclose(np.median(np.stack(written.features), 0), out["features"], atol=1e-6)
+        assert set(written.well) == {row["subject"]} and set(written.volume) == {row["uid"]} and written.site.isna().all()
+    plain = scoring.score(of_cells(), rows[0], str(tmp_path / "plain.parquet"))
+    assert "features" not in plain and "features" not in pd.read_parquet(tmp_path / "plain.parquet")
+
+
+def test_cells_of_a_table_are_those_that_their_field_is_joined_with(tmp_path):
+    plate(tmp_path / "plate", 2, size=64)
+    rows = plate_rows(tmp_path / "plate" / "images", config.parse(plate_config("a", "l", **CELLS)).plates)[:2]
+    finder, listed = of_cells(), of_cells(Cells(crops=Crops(size=12)))
+    found = finder.cells(dataset.read_image(rows[0]))
+    image = rows[0]["source_paths"][1]
+    table = crops.checked(pd.DataFrame({"image": image, "cell": found.cells, "x": found.x, "y": found.y}))
+    headers, _ = crops.joined([VolumeHeader.from_row(r) for r in rows], table, str(tmp_path / "centres"))
+    first, second = ({**r, **h.row()} for r, h in zip(rows, headers, strict=True))
+    out, by_finder = scoring.score(listed, first), scoring.score(finder, rows[0])
+    assert out["probability"] == pytest.approx(by_finder["probability"]) and out["cells"] == by_finder["cells"]
+    with pytest.raises(Refused, match="NO_CENTRES: the table of cells has no row of the field"):
+        scoring.score(listed, second)
+    with pytest.raises(Refused, match="NO_CENTRES: the volumes stage has joined no table"):
+        scoring.score(listed, rows[0])
+
+
+def test_cells_are_cut_and_scored_on_the_scale_of_their_plate(tmp_path):
+    plate(tmp_path / "plate", 2, size=64)
+    spec = {"orientation": None, "intensity": {"kind": "zscore", "against": "controls"}}
+    settings = config.parse(plate_config("a", "l", **CELLS | {"preprocess": spec}))
+    (row, *_) = plate_rows(tmp_path / "plate" / "images", settings.plates)
+    plain = {p.cell[0] for p in dataset.cut(row, config.parse(plate_config("a", "l", **CELLS)))[0]}
+    Correction((None, None), (ControlScale(20, 5), ControlScale(30, 4))).write(str(tmp_path / "plate.json"))
+    treated = {"correction": {"file": str(tmp_path / "plate.json"), "of": settings.preprocess.of_plate}}
+    row |= {"header": json.dumps(json.loads(row["header"]) | treated)}
+    stored, cut = formats.read_volume(VolumeHeader.from_row(row)).array, list(dataset.cut(row, settings)[0])
+    assert {p.cell[0] for p in cut} == plain and plain
+    for patch in cut:
+        i, j = (math.floor(at + 0.5) - 6 for at in patch.cell[1:])
+        around = stored[:, i : i + 12, j : j + 12].astype(float)
+        np.testing.assert_allclose(patch.image, [(around[0] - 20) / 5, (around[1] - 30) / 4], atol=1e-5)
+    model = of_cells(settings.cells)
+    model.spec = model.spec.model_copy(update={"preprocess": settings.preprocess})
+    by_hand = model.predict_patches(np.stack([p.image for p in cut])).mean(0)
+    assert scoring.score(model, row)["probability"] == pytest.approx(by_hand, abs=1e-5)
+    with pytest.raises(Refused, match="OTHER_LIGHT"):
+        scoring.score(of_cells(), row)
+
+
+def test_what_a_field_of_cells_costs_goes_by_its_cells():
+    row = {"shape": [2, 1080, 1080, 1], "affine": np.eye(4).ravel().tolist(), "format": "plate", "source_paths": ["a.tif"]}
+    row["header"] = None
+    finder = of_cells().spec
+    table = finder.model_copy(update={"cells": Cells(crops=Crops(size=12))})
+    few, many = ({**row, "header": json.dumps({"centres": {"cells": n}})} for n in (10, 1000))
+    assert scoring.cost(few, table) < scoring.cost(many, table) < scoring.cost(row, finder)
+    assert scoring.cost(many, table) - scoring.cost(few, table) == pytest.approx(990 * 144 * 2000)
 
 
 def test_the_key_depends_on_all_three():

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from archives import plate, plate_config
+from archives import CELLS, plate, plate_config
 from hcs import screens
 
-from sparkmed import cli, config, formats, pipeline, storage, tables, tracking
+import sparkmed
+from sparkmed import PatchLoader, cli, config, dataset, formats, pipeline, storage, tables, tracking
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.hcs import image_quality, nuclei, profiles, quality
 from sparkmed.learning import networks
@@ -131,6 +132,86 @@ def test_what_cannot_be_said_is_said(scored, tmp_path, capsys):
     assert cli.main(["screen", str(project), "screen.score=third"]) == 2
     assert "wanted one of classes" in capsys.readouterr().err
     assert cli.main(["screen", str(project), f"lake={tmp_path / 'empty'}"]) == 2
+
+
+@pytest.fixture(scope="module")
+def of_cells(tmp_path_factory, spark):
+    """The config of a plate whose champion has learnt the single cells of its controls, and has scored it."""
+    folder = tmp_path_factory.mktemp("cells")
+    plate(folder / "archive", size=64)
+    network = {"name": "DenseNet121", "init_features": 4, "growth_rate": 2, "block_config": [1, 1]}
+    train = {"device": "cpu", "processes": 1, "threads": 1, "epochs": 1, "batch_size": 8, "network": network}
+    settings = settings_of(folder, **CELLS, train=train)
+    pipeline.catalog(settings)
+    pipeline.volumes(settings)
+    pipeline.patches(settings)
+    tracking.of(settings).crown(pipeline.train(settings)["version"], "by hand")
+    assert pipeline.score(settings)["scored"] == 16
+    return settings
+
+
+COLUMNS = ("volume", "cell", "x", "y", "target", "image")
+
+
+@engine
+def test_cells_go_from_a_plate_to_the_loader(of_cells):
+    from petastorm import make_reader
+
+    rows = [r for r in tables.volumes(of_cells.lake).rows() if r["split"]]
+    url = dataset.url(of_cells.lake, of_cells.name, dataset.version(rows, of_cells))
+    cut = {(r["uid"], p.cell[0]): (r["target"], p) for r in rows for p in dataset.cut(r, of_cells)[0]}
+    seen = []
+    for batch in PatchLoader(url, batch_size=5, shuffle=False):
+        columns = [batch[c] if c in ("volume", "cell", "image") else batch[c].tolist() for c in COLUMNS]
+        seen += [row for row, real in zip(zip(*columns, strict=True), batch["weight"], strict=True) if real]
+    assert len(seen) == len(cut) == sum(dataset.describe(url)["counts"].values()) >= 20
+    for volume, cell, x, y, target, image in seen:
+        wanted, patch = cut[volume, cell]
+        assert (patch.cell, wanted) == ((cell, x, y), target) and np.array_equal(image, patch.image)
+    with make_reader(f"file://{storage.local_path(url)}", reader_pool_type="dummy", num_epochs=1) as reader:
+        assert {(r.volume, r.cell, r.x, r.y) for r in reader} == {s[:4] for s in seen}
+
+
+@engine
+def test_a_champion_of_cells_scores_each_field_once_by_its_cells(of_cells):
+    registry = tracking.of(of_cells)
+    model = sparkmed.load_model(f"models:/{registry.model}@champion", registry.uri, "cpu")
+    assert model.spec.cells == of_cells.cells and model.spec.window == (12, 12, 1)
+    volumes = {r["uid"]: r for r in tables.volumes(of_cells.lake).rows()}
+    for r in tables.predictions(of_cells.lake).rows():
+        found = model.cells(dataset.read_image(volumes[r["volume"]]), features=True)
+        assert r["cells"] == len(found.cells) and r["probability"] == pytest.approx(found.of_field, abs=1e-5)
+        assert r["features"] == pytest.approx(np.median(found.features, 0), abs=1e-5) and r["mask"] is None
+        written = pd.read_parquet(storage.join(of_cells.lake, r["cell_table"]))
+        assert written.cell.tolist() == list(found.cells) and set(written.volume) == {r["volume"]}
+        np.testing.assert_allclose(written.probability_positive, found.probabilities[:, 1], atol=1e-5)
+    assert pipeline.score(of_cells)["scored"] == 0
+
+
+@engine
+def test_wells_of_cells_are_the_medians_of_their_fields(of_cells):
+    assert pipeline.screen(of_cells)["wells"] == 16
+    wells = wells_of(of_cells)
+    rows = {json.loads(r["header"])["well"]: r["uid"] for r in tables.volumes(of_cells.lake).rows()}
+    by_volume = {r["volume"]: r for r in tables.predictions(of_cells.lake).rows()}
+    assert all(wells.loc[w, "score"] == pytest.approx(by_volume[uid]["probability"][1]) for w, uid in rows.items())
+    assert (wells["fields"] == 1).all() and wells["cells"].sum() >= sum(r["cells"] for r in by_volume.values())
+
+
+@engine
+def test_a_table_of_cells_is_looked_at_before_anything_else(of_cells, tmp_path):
+    table = tmp_path / "cells.csv"
+
+    def problems():
+        patches = {**CELLS["patches"], "crops": {"size": 12, "table": str(table)}}
+        plain = of_cells.model_dump(mode="json", exclude_defaults=True) | {"patches": patches}
+        return [p for p in pipeline.check(config.parse(plain)) if "table" in p]
+
+    assert "No such file" in problems()[0]
+    table.write_text("Metadata_Plate,Metadata_Well,x,y\nP,A01,1,2\n")
+    assert "wanted columns x, y, and image or plate, well and site" in problems()[0]
+    table.write_text("plate,well,site,x,y\nplate,A01,1,20,30\n")
+    assert not problems()
 
 
 def table_of(**how) -> tuple[pd.DataFrame, list[str]]:

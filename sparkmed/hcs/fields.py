@@ -26,6 +26,10 @@ OME, OME_ZARR = "ome", "ome-zarr"
 """Conventions of images that say themselves where they are, and of those of which their plate does."""
 NAMELESS = "plate"
 """A plate whose name neither files nor an index give."""
+CENTRES = "centres"
+"""Fact of a field that a table of cells is joined with: see :func:`sparkmed.hcs.crops.joined`."""
+CELL_BYTES = 64
+"""Longest id of a cell, in UTF-8."""
 MODALITY = "HCS"
 """No DICOM modality: high-content screening has none of its own."""
 

@@ -5,11 +5,12 @@ has its members below ``members/`` and no weights. A digest of a model is the SH
 the weights and the digests of the models below.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -19,12 +20,15 @@ from torch import nn
 
 from sparkmed import storage
 from sparkmed.cache import FileCache, version
-from sparkmed.config import Component, Preprocess, Score, Section
+from sparkmed.config import Cells, Component, Preprocess, Score, Section
 from sparkmed.imaging import geometry, intensity, patches, postprocess, preprocess
 from sparkmed.imaging.geometry import Grid, Placed
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import inference, metrics, networks
 from sparkmed.rejection import InputError, Refused
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WEIGHTS, SPEC, FIRST, MEMBERS = "weights.safetensors", "spec.json", "first", "members"
 
@@ -51,6 +55,8 @@ class ModelSpec(Section):
     preprocess: Preprocess
     window: tuple[int, int, int]
     """(I, J, K) in voxels after preprocessing that the network sees at once."""
+    cells: Cells | None = None
+    """Of a classifier of single cells how they are found in a field, and cut out; None: it sees whole images."""
     score: Score = Score()
     dataset: DatasetReference = DatasetReference()
     code_version: str = ""
@@ -97,6 +103,30 @@ class ClassProbabilities(dict[str, float]):
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.array(list(self.values()), dtype or np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class CellProbabilities:
+    """What a classifier of single cells says of a field, a cell each: its id, its centre along I and J in pixels of the field as it
+    is stored, (N, classes) float32 ``probabilities``, and (N, F) float32 ``features`` where they were asked for. N is at least 1.
+    """
+
+    cells: tuple[str, ...]
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    probabilities: np.ndarray
+    features: np.ndarray | None = None
+
+    @property
+    def of_field(self) -> np.ndarray:
+        """(classes,) float64: the mean over the cells."""
+        return self.probabilities.mean(0, dtype=np.float64)
+
+    @property
+    def profile(self) -> np.ndarray:
+        """(F,) float32: the median over the cells of each feature, as profiles are aggregated (Caicedo et al. 2017, Nat Methods
+        14:849)."""
+        return np.median(self.features, axis=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,34 +320,78 @@ class Model:
         """The label map (1, I, J, K) uint8 of :meth:`probabilities`, cleaned as the settings say: in validation and in scoring."""
         return postprocess.labels(probabilities, self.spec.classes, self.spec.score.cleaning)
 
-    def predict(self, volume: Volume) -> Volume | ClassProbabilities:
+    def predict(self, volume: Volume, centres: "pd.DataFrame | None" = None) -> Volume | ClassProbabilities:
         """A label volume (1, I, J, K) uint8 on the input's own grid, or the probability of each class.
 
-        A classifier that sees less than the whole preprocessed image gives the mean over a grid of its windows. Raises
-        :class:`Refused` with CHANNELS for another number of channels than the model was trained with.
+        A classifier that sees less than the whole preprocessed image gives the mean over a grid of its windows, one of single cells
+        the mean over :meth:`cells`; if it was trained on those of a table (:attr:`listed`) ``centres`` are wanted, with columns
+        ``cell``, ``x`` and ``y``. Raises :class:`Refused` with CHANNELS for another number of channels than the model was trained
+        with, and as :meth:`cells` does.
         """
         if self.spec.task == "segmentation":
             return self.segment(volume).labels
-        found = self._of_image(volume)
+        return self.named(self._of_image(volume, centres))
+
+    def named(self, found: np.ndarray) -> ClassProbabilities:
+        """(classes,) probabilities by the names of the classes; raises :class:`Refused` ``NOT_FINITE``."""
         if not np.isfinite(found).all():
             raise Refused("NOT_FINITE", "the probabilities of the image are not numbers")
         return ClassProbabilities(zip(self.spec.classes, (float(p) for p in found), strict=True))
 
-    def embed(self, volume: Volume) -> tuple[ClassProbabilities, np.ndarray]:
+    def embed(self, volume: Volume, centres: "pd.DataFrame | None" = None) -> tuple[ClassProbabilities, np.ndarray]:
         """:meth:`predict` of a classifier, and the (F,) float32 features from which its last layer made the scores: their mean over
-        windows and mirrors. These are the profiles of learnt screening (Caicedo et al. 2018, CVPR; Moshkov et al. 2024).
+        windows and mirrors, of single cells their median over the cells. These are the profiles of learnt screening (Caicedo et al.
+        2018, CVPR; Moshkov et al. 2024).
 
         Raises :class:`InputError` for a segmentation and for a network without a last linear layer.
         """
         if self.spec.task != "classification":
             raise InputError(f"model {self.spec.name} is a segmentation: features are those of a classifier")
+        if self.spec.cells is not None:
+            found = self.cells(volume, centres, features=True)
+            return self.named(found.of_field), found.profile
+        with self._seen() as seen:
+            probabilities = self.predict(volume)
+        return probabilities, torch.cat(seen).mean(0).numpy()
+
+    def cells(self, volume: Volume, centres: "pd.DataFrame | None" = None, features: bool = False) -> CellProbabilities:
+        """What a classifier of single cells says of each cell of a field, with the ``features`` from which its last layer made the
+        scores (their mean over mirrors) where they are wanted.
+
+        Crops are cut as in training, and no more of them are held than go through the network at once. Raises :class:`Refused`
+        ``NO_CELLS`` for a field without any, ``CENTRE_OUTSIDE``, and as :meth:`predict`; :class:`InputError` for a model that sees
+        whole images, and for ``centres`` that are wanted and not given, or the other way round.
+        """
+        if self.spec.cells is None:
+            raise InputError(f"model {self.spec.name} sees whole images, not single cells")
+        from sparkmed.hcs import crops  # pandas and scikit-image are for those who need them
+
+        there = crops.located(volume, self.spec.cells, centres)
+        image, batch, probabilities, profiles = self._preprocessed(volume).array, self.spec.score.window_batch, [], []
+        with self._seen() if features else contextlib.nullcontext([]) as seen:
+            for start in range(0, len(there), batch):
+                cut = np.stack([patches.extract(image, place) for *_, place in there[start : start + batch]])
+                probabilities.append(self._class_scores(cut))
+                if features:
+                    profiles.append(torch.stack(seen).mean(0).numpy())
+                    seen.clear()
+        names, x, y, _ = zip(*there, strict=True)
+        return CellProbabilities(names, x, y, np.concatenate(probabilities), np.concatenate(profiles) if features else None)
+
+    @property
+    def listed(self) -> bool:
+        """Whether it classifies single cells that a table lists: ``centres`` are wanted to predict."""
+        return self.spec.cells is not None and self.spec.cells.listed
+
+    @contextlib.contextmanager
+    def _seen(self) -> Iterator[list[torch.Tensor]]:
+        """What the last layer sees of each batch, as long as this lasts: (B, F) float32, one per mirror."""
         layer, seen = networks.last_linear(self.network, len(self.spec.classes), self.spec.network.name), []
         hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
         try:
-            probabilities = self.predict(volume)
+            yield seen
         finally:
             hook.remove()
-        return probabilities, torch.cat(seen).mean(0).numpy()
 
     def guide(self, volume: Volume, output: Literal["labels", "probabilities"]) -> Volume:
         """What the second model of a cascade gets from this one, on the input's own grid: the label map (1, I, J, K) as
@@ -334,8 +408,10 @@ class Model:
             raise ValueError(f"model {self.spec.name} takes (B, {self.spec.in_channels}, I, J, K); got {batch.shape}")
         return self._class_scores(batch) if self.spec.task == "classification" else np.stack([self._scores(x) for x in batch])
 
-    def _of_image(self, volume: Volume) -> np.ndarray:
+    def _of_image(self, volume: Volume, centres: "pd.DataFrame | None" = None) -> np.ndarray:
         """(classes,) float64 of a classifier."""
+        if self.spec.cells is not None:
+            return self.cells(volume, centres).of_field
         ready = self._preprocessed(volume)
         windows = patches.grid(ready.spatial_shape, self.spec.window, overlap=0.0)
         return self._class_scores(np.stack([patches.extract(ready.array, w) for w in windows])).mean(0, dtype=np.float64)
@@ -404,11 +480,18 @@ class Ensemble(Model):
             )
         return self._mean(m.predict_patches(batch) for m in self.members)
 
-    def embed(self, volume: Volume) -> tuple[ClassProbabilities, np.ndarray]:
+    def embed(self, volume: Volume, centres: "pd.DataFrame | None" = None) -> tuple[ClassProbabilities, np.ndarray]:
         raise InputError(f"ensemble {self.spec.name}: each of its members has features of its own; take one model")
 
-    def _of_image(self, volume: Volume) -> np.ndarray:
-        return self._mean(m._of_image(volume) for m in self.members)
+    def cells(self, volume: Volume, centres: "pd.DataFrame | None" = None, features: bool = False) -> CellProbabilities:
+        raise InputError(f"ensemble {self.spec.name}: each of its members has cells of its own; take one model")
+
+    @property
+    def listed(self) -> bool:
+        return any(m.listed for m in self.members)
+
+    def _of_image(self, volume: Volume, centres: "pd.DataFrame | None" = None) -> np.ndarray:
+        return self._mean(m._of_image(volume, centres if m.listed else None) for m in self.members)
 
     def _mean(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
         total = None

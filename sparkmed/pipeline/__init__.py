@@ -95,8 +95,8 @@ def check(config: Config, deep: bool = False) -> list[str]:
             problems.append(str(e))
 
     tracked = [lambda c: tracking.of(c).check(), launch.check]
-    steps = (data.archive_is_there, data.patterns, grouping, seg_folder, common.key_of, *tracked, common.pinned, common.slots)
-    for step in steps:
+    tables = (data.patterns, grouping, cohort.cells)
+    for step in (data.archive_is_there, *tables, seg_folder, common.key_of, *tracked, common.pinned, common.slots):
         attempt(lambda step=step: step(config))
     if deep and not problems:
         attempt(lambda: data.rehearse(config))

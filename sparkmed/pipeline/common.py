@@ -167,6 +167,12 @@ def _require_model(config: Config, url: str, name: str, digest: str = ""):
             f"{name} was trained on plates whose light or scale was treated in another way than preprocess.illumination and "
             "preprocess.intensity say: put them back, or give the new way a model of its own with tracking.model"
         )
+    listed = config.cells is not None and config.cells.listed
+    if not listed and any(spec.cells is not None and spec.cells.listed for spec in models.specs(url)):
+        raise InputError(
+            f"{name} was trained on cells of a table, and the config names none: say in patches.crops.table where they are, or "
+            "give the new way a model of its own with tracking.model"
+        )
 
 
 def require_classes(config: Config, spec: models.ModelSpec | models.EnsembleSpec, name: str):

@@ -190,7 +190,8 @@ def trace(config: Config, name: str) -> dict:
     (row,) = found
     classes = _classes(config, row)
     per_class = {c: dict(zip(classes, row[c], strict=True)) for c in ("probability", "ml") if row[c]}
-    facts = ("predicted", "score", "mask", "seg", "scored_at", "seconds", "device", "batch", "config_digest", "code_version")
+    files = ("mask", "seg", "cells", "cell_table")
+    facts = ("predicted", "score", *files, "scored_at", "seconds", "device", "batch", "config_digest", "code_version")
     prediction = {"key": row["key"]} | per_class | {c: _plain(row[c]) for c in facts if row[c] is not None}
     model = {
         "name": row["model_name"],

@@ -7,6 +7,7 @@ from collections.abc import Set
 
 from sparkmed import lease, scoring, storage, tables
 from sparkmed.config import Config
+from sparkmed.learning import model as models
 from sparkmed.pipeline import common, ledger
 from sparkmed.pipeline.watch import watch
 from sparkmed.reasons import PASSING
@@ -65,10 +66,13 @@ def _predict(
     """Files of prediction rows that the executors have written into the ledger's folder, which no commit names yet; refusals."""
     registry, version, settings = champion.registry, champion.version, champion.settings
     segs = folder and scoring.SegFolder(folder, registry.model, version, champion.model_digest, settings)
+    specs = models.specs(champion.url)
     with_masks = config.task == "segmentation" and config.score.masks != "seg"
+    with_cells = len(specs) == 1 and specs[0].cells is not None
     model = f"{version}-{champion.model_digest[:8]}"  # a registry that was made anew counts its versions from 1 again
-    paths = {r["uid"]: scoring.mask_path(registry.model, model, settings, r["subject"], r["uid"]) for r in batch.values()}
-    masks = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks else None
+    place = scoring.cells_path if with_cells else scoring.mask_path
+    paths = {r["uid"]: place(registry.model, model, settings, r["subject"], r["uid"]) for r in batch.values()}
+    urls = {uid: storage.join(config.lake, path) for uid, path in paths.items()} if with_masks or with_cells else None
     table, keys = tables.predictions(config.lake), {r["uid"]: k for k, r in batch.items()}
     lineage = {
         "model_name": registry.model,
@@ -81,11 +85,12 @@ def _predict(
     }
 
     def write(found: list[dict]) -> tables.Keyed:
-        rows = [r | lineage | {"key": keys[r["volume"]], "mask": paths[r["volume"]] if with_masks else None} for r in found]
+        column = "mask" if with_masks else "cell_table" if with_cells else None
+        rows = [r | lineage | {"key": keys[r["volume"]]} | ({column: paths[r["volume"]]} if column else {}) for r in found]
         return tables.Keyed(table.write(rows), tuple(r["key"] for r in rows))
 
     return spark_score.predict(
-        spark, list(batch.values()), champion.url, config.train.device, masks, config.score, segs, config.imports,
+        spark, list(batch.values()), champion.url, config.train.device, urls, config.score, segs, config.imports,
         storage.join(config.lake, "scratch"), config.score.split_mb, write,
     )  # fmt: skip
 

@@ -23,6 +23,9 @@ _FOLDERS = re.compile(
 _PARTIAL = re.compile(r"(.*/)?\.[^/]+\.[0-9a-f]{32}\.partial")
 _PROBE = re.compile(r"\.seen-[0-9a-f]{32}(\.\d+)?")
 _MODEL = re.compile(r"models/(?P<name>[^/]+)/(?P<version>\d+)/")
+_OF_FIELD = re.compile(r"(corrections|centres)/[^/]+\.(?:json|parquet)")
+_OF_PREDICTION = {"predictions/masks/": "mask without prediction", "predictions/cells/": "cells without prediction"}
+_OF_FIELDS = {"corrections": "correction of no plate", "centres": "centres of no field"}
 _WHAT = {"dataset": "unfinished dataset", "check": "unfinished check", "part": "part of a volume"}
 
 
@@ -39,10 +42,11 @@ class Leftover:
 def vacuum(config: Config, dry_run: bool = False) -> list[Leftover]:
     """Remove leftovers that were not touched for ``vacuum.after_days``; what they are, or with ``dry_run`` would be.
 
-    These are data files of any table that no version names that was the newest since then; masks without a prediction; datasets,
-    checks and files that were never finished; corrections of plates that have changed; copies of models that were neither used nor
-    named by a decision since then, and that the registry still has. SEG lie outside of the lake and stay. Readers and runs that are
-    at work keep what they need, unless they are older than that.
+    These are data files of any table that no version names that was the newest since then; masks and tables of cells without a
+    prediction; datasets, checks and files that were never finished; corrections of plates that have changed, and centres of cells
+    that no field is joined with any more; copies of models that were neither used nor named by a decision since then, and that the
+    registry still has. SEG lie outside of the lake and stay. Readers and runs that are at work keep what they need, unless they are
+    older than that.
     """
     if not storage.exists(config.lake):
         raise InputError(f"lake {config.lake} does not exist")
@@ -124,11 +128,12 @@ def _models(config: Config, files: dict[str, storage.File], before: datetime.dat
 
 
 def _corrections(config: Config, files: dict[str, storage.File], before: datetime.datetime) -> list[Leftover]:
-    old = [f for path, f in files.items() if path.startswith("corrections/") and path.endswith(".json") and _old(f, before)]
+    old = [(f, _OF_FIELDS[match[1]]) for path, f in files.items() if (match := _OF_FIELD.fullmatch(path)) and _old(f, before)]
     headers = tables.volumes(config.lake).read(["header"])["header"].to_pylist() if old else []
-    files_named = (json.loads(h or "{}").get("correction", {}).get("file", "") for h in headers)
+    facts = [json.loads(h or "{}") for h in headers]
+    files_named = (said.get(fact, {}).get("file", "") for said in facts for fact in ("correction", "centres"))
     named = {file.rpartition("/")[2] for file in files_named}  # digests, by whatever way the lake was reached
-    return [Leftover(f.path, f.size, "correction of no plate") for f in old if f.path.rpartition("/")[2] not in named]
+    return [Leftover(f.path, f.size, what) for f, what in old if f.path.rpartition("/")[2] not in named]
 
 
 def _decided(row: dict) -> datetime.datetime:
@@ -136,9 +141,11 @@ def _decided(row: dict) -> datetime.datetime:
 
 
 def _masks(config: Config, files: dict[str, storage.File], before: datetime.datetime) -> list[Leftover]:
-    old = [f for path, f in files.items() if path.startswith("predictions/masks/") and _old(f, before)]
+    old = [f for path, f in files.items() if path.startswith(tuple(_OF_PREDICTION)) and _old(f, before)]
     old = [f for f in old if not _PARTIAL.fullmatch(f.path)]
     if not old:
         return []
-    named = set(tables.predictions(config.lake).read(["mask"])["mask"].to_pylist())
-    return [Leftover(f.path, f.size, "mask without prediction") for f in old if f.path not in named]
+    found = tables.predictions(config.lake).read(["mask", "cell_table"])
+    named = {path for column in found.columns for path in column.to_pylist()}
+    what = {f.path: next(w for folder, w in _OF_PREDICTION.items() if f.path.startswith(folder)) for f in old}
+    return [Leftover(f.path, f.size, what[f.path]) for f in old if f.path not in named]

@@ -19,7 +19,7 @@ from sparkmed.formats import VolumeHeader
 from sparkmed.formats.instance import READER, to_json
 from sparkmed.hcs import correction, illumination, image_quality
 from sparkmed.hcs.correction import Correction
-from sparkmed.hcs.fields import NAMELESS
+from sparkmed.hcs.fields import CENTRES, NAMELESS
 from sparkmed.hcs.illumination import FieldSum, Light
 from sparkmed.hcs.plate_intensity import ControlScale, Histogram
 from sparkmed.rejection import InputError, Refused, Rejection
@@ -94,7 +94,8 @@ def inputs(config: Config) -> list:
 
 def there(rows: Iterable[dict]) -> bool:
     """Whether the files that volume rows name still lie where they say."""
-    named = {json.loads(r["header"] or "{}").get(correction.FACT, {}).get("file") for r in rows} - {None}
+    said = (json.loads(r["header"] or "{}") for r in rows)
+    named = {facts.get(fact, {}).get("file") for facts in said for fact in (correction.FACT, CENTRES)} - {None}
     return all(storage.exists(file) for file in named)
 
 

@@ -11,7 +11,7 @@ from petastorm.codecs import NdarrayCodec, ScalarCodec
 from petastorm.etl.dataset_metadata import materialize_dataset
 from petastorm.unischema import Unischema, UnischemaField
 from pyspark.sql import SparkSession
-from pyspark.sql.types import LongType, StringType
+from pyspark.sql.types import DoubleType, LongType, StringType
 
 from sparkmed import dataset, storage
 from sparkmed.config import Config
@@ -20,6 +20,7 @@ from sparkmed.spark import session
 
 TASK_BYTES = 256e6
 """Of voxels and patches that a task moves: more is divided, except for a single volume or file."""
+_SCALARS = {"str": (np.str_, StringType), "int64": (np.int64, LongType), "float64": (np.float64, DoubleType)}
 
 
 def write(spark: SparkSession, rows: Sequence[dict], config: Config, lineage: dict) -> str:
@@ -99,10 +100,9 @@ def unischema(config: Config, channels: int) -> Unischema:
     for f in dataset.fields(config, channels):
         if f.codec == "ndarray":
             columns.append(UnischemaField(f.name, np.dtype(f.dtype).type, f.shape, NdarrayCodec(), False))
-        elif f.dtype == "str":
-            columns.append(UnischemaField(f.name, np.str_, (), ScalarCodec(StringType()), False))
         else:
-            columns.append(UnischemaField(f.name, np.int64, (), ScalarCodec(LongType()), False))
+            kind, stored = _SCALARS[f.dtype]
+            columns.append(UnischemaField(f.name, kind, (), ScalarCodec(stored()), False))
     return Unischema("Patches", columns)
 
 

@@ -48,7 +48,8 @@ def predict(
     split_mb: float | None = None,
     write: Callable[[list[dict]], Any] | None = None,
 ) -> tuple[list, list[Refusal]]:
-    """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map.
+    """Prediction rows and refusals of volume rows; ``masks`` maps a volume's uid to the URL of its label map, or of what
+    is said of each of its cells.
 
     ``settings`` replace those that the model was trained with; ``segs`` is where DICOM SEG go. A volume whose SEG cannot be
     written has a prediction all the same, and a refusal that says why. ``imports`` are those of the config. With ``write`` a task

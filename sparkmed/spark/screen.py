@@ -80,7 +80,8 @@ def scored_fields(
     spark: SparkSession, lake: str, model_digest: str, settings: str, plates: Plates, index: int, features: int
 ) -> DataFrame:
     """A row per field of ``volumes/`` that the model scored: where it lies, what the plate map says of it, ``split``, ``score``
-    (the probability of class ``index``), ``cells`` and, in ``f0`` and on, ``features`` of them.
+    (the probability of class ``index``), ``cells`` (as they were counted, else those that were scored) and, in ``f0`` and on,
+    ``features`` of them.
 
     Of several predictions under this model that under ``settings`` counts, else the last. Fields with a flag that
     ``plates.quality.leave_out`` names are left out.
@@ -93,22 +94,24 @@ def scored_fields(
     said = [F.get_json_object("header", f"$.treatment.{name}").cast(kind).alias(name) for name, kind in TREATMENT.items()]
     volumes = volumes.select("uid", "split", *place, *said).fillna(NAMELESS, "plate")
     columns = [F.col("features")[n].cast("double").alias(f"f{n}") for n in range(features)]
-    mine = mine.select("volume", F.col("probability")[index].alias("score"), *columns)
+    mine = mine.select("volume", F.col("probability")[index].alias("score"), F.col("cells").alias("_scored"), *columns)
     found = volumes.join(mine, volumes["uid"] == mine["volume"]).drop("volume")
     examined = catalog.read(spark, tables.fields(lake)).where(F.col("settings") == settings_digest(plates))
     examined = examined.dropDuplicates(["key"]).select(F.col("volume").alias("uid"), "flags", F.col("cells").cast("double"))
-    found = found.join(examined, "uid", "left")
+    found = found.join(examined, "uid", "left").withColumn("cells", F.coalesce("cells", F.col("_scored").cast("double")))
     if plates.quality.leave_out:
         pattern = f" ({'|'.join(plates.quality.leave_out)})$"
         bad = F.exists(F.coalesce("flags", F.array()), lambda flag: flag.rlike(pattern))
         found = found.where(~bad)
-    return found.drop("flags", "uid")
+    return found.drop("flags", "uid", "_scored")
 
 
 def wells(frame: DataFrame, features: int, method: profiles.Method) -> tuple[pd.DataFrame, profiles.Normalized | None]:
     """A row per well of :func:`scored_fields`, in the order of plates: medians of ``score`` and of the features, on the scale of
     the plate's negative controls; the number of its ``fields``, and its ``cells`` in all. And what was said of features and plates.
 
+    Fields weigh the same. Where single cells are scored, features are medians over the fields of medians over their cells (of the
+    probabilities the means), not medians over all cells of the well: a field of few cells counts as much as one of many.
     What comes back is on the driver: it grows with wells, not with fields.
     """
     names, by = [f"f{n}" for n in range(features)], ["plate", "well"]

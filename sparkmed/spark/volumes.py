@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import posixpath
 from collections import Counter
 
@@ -10,11 +11,11 @@ import numpy as np
 import pyarrow.compute as pc
 from pyspark.sql import SparkSession
 
-from sparkmed import cohort, formats, tables
+from sparkmed import cohort, formats, storage, tables
 from sparkmed.config import Config, Plates, digest
 from sparkmed.formats import archive, series
 from sparkmed.formats.instance import READER, Instance, VolumeHeader
-from sparkmed.hcs import fields, filenames, indexes
+from sparkmed.hcs import crops, fields, filenames, indexes
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import labels, preprocess
 from sparkmed.reasons import PASSING
@@ -23,6 +24,9 @@ from sparkmed.spark import catalog, illumination
 from sparkmed.spark.session import decoding
 
 STAGE = cohort.STAGE
+CENTRES = "centres"
+"""Of the lake, where centres of cells lie."""
+log = logging.getLogger(__name__)
 _OF_PLATE = "plate in "
 """How the key of a group starts that is no series, and no URI."""
 
@@ -41,6 +45,7 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
         cohort.label_table(config),
         *([cohort.plate_digest(config), config.plates] if config.plates else []),
         *illumination.inputs(config),
+        *([cohort.cells_digest(config), storage.absolute(config.lake)] if config.cells and config.cells.listed else []),
         config.volumes,
         config.identity,
         fingerprint(key),
@@ -65,6 +70,8 @@ def build(spark: SparkSession, config: Config, key: bytes | None, lineage: dict)
     if config.preprocess.of_plate:
         study, unlit = _treated(spark, study, config)
         rejections += unlit
+    if config.cells and config.cells.listed:
+        study = _listed(study, config)
     counted = {(r["uid"], r["label_uid"]): r["label_counts"] for r in before if len(r["label_counts"] or ()) == len(config.classes)}
     fitting, unfit = _fitting(study.members, config)
     members, label_counts, unsound = _check_labels(spark, fitting, config, counted)
@@ -180,6 +187,19 @@ def _treated(spark: SparkSession, study: cohort.Cohort, config: Config) -> tuple
         if m.image.format != fields.FORMAT or m.image.sources in by_sources
     ]
     return dataclasses.replace(study, members=members), [dataclasses.replace(r, stage=STAGE) for r in refused]
+
+
+def _listed(study: cohort.Cohort, config: Config) -> cohort.Cohort:
+    """The fields of plates with the cells that a table lists of them, which their uid then says too; other images as they are."""
+    fields_of = [m for m in study.members if m.image.format == fields.FORMAT]
+    folder = storage.join(config.lake, CENTRES)
+    images, strays = crops.joined([m.image for m in fields_of], cohort.cells(config), folder)
+    without = sum(not i.facts[fields.CENTRES]["cells"] for i in images)
+    if without or strays:
+        log.warning("the table of cells has none of %d of %d fields, and %d rows of no field", without, len(images), strays)
+    by_sources = {i.sources: i for i in images}
+    members = [dataclasses.replace(m, image=by_sources.get(m.image.sources, m.image)) for m in study.members]
+    return dataclasses.replace(study, members=members)
 
 
 def _fitting(members: list[cohort.Member], config: Config) -> tuple[list[cohort.Member], list[Rejection]]:

@@ -292,7 +292,7 @@ def model_spec(config: Config, dataset: PatchDataset) -> ModelSpec:
     reference = {k: str(dataset.meta.get(k, "")) for k in DatasetReference.model_fields}
     return ModelSpec(
         name=config.name, task=config.task, classes=config.classes, network=config.train.network, in_channels=channels,
-        spatial_dims=networks.spatial_dims(tuple(window)), preprocess=config.preprocess, window=tuple(window),
+        spatial_dims=networks.spatial_dims(tuple(window)), preprocess=config.preprocess, window=tuple(window), cells=config.cells,
         score=config.score.numbers, dataset=DatasetReference(**reference), code_version=sparkmed.__version__, seed=config.seed,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from formats import dicoms
 
-from sparkmed.config import Component, Intensity, Preprocess, Score
+from sparkmed.config import Cells, Component, Crops, Intensity, Nuclei, Preprocess, Score
 from sparkmed.imaging import postprocess, preprocess
 from sparkmed.imaging.volume import Volume
 from sparkmed.learning import inference, networks
@@ -187,6 +187,86 @@ def test_features_are_what_the_last_layer_sees(window, mirrors):
     assert len(into) == (16 // window[0]) ** 2 * 2 ** len(mirrors)
     np.testing.assert_allclose(features, into.mean(0), atol=1e-6)
     np.testing.assert_allclose(list(probabilities.values()), out.softmax(1).mean(0), atol=1e-6)
+
+
+FOUND = Cells(crops=Crops(size=16), nuclei=Nuclei(diameter=9), channel=1)
+
+
+def cell_classifier(cells=FOUND, **more) -> Model:
+    return segmenter(
+        task="classification", classes=("dead", "alive"), spatial_dims=2, window=(16, 16, 1), in_channels=2, cells=cells,
+        network=Component(name="DenseNet121", init_features=4, growth_rate=2, block_config=[1, 1]),
+        preprocess=Preprocess(orientation=None), **more,
+    )  # fmt: skip
+
+
+def cells(many=7, seed=0) -> Volume:
+    """A field of nuclei in two channels, some at its border."""
+    rng = np.random.default_rng(seed)
+    array = rng.normal(20, 2, (2, 90, 80, 1)).astype(np.float32)
+    i, j = np.ogrid[:90, :80]
+    for a, b in [(20, 20), (20, 50), (45, 30), (50, 62), (75, 15), (70, 45), (88, 70)][:many]:
+        array[1, (i - a) ** 2 + (j - b) ** 2 < 20, 0] += 100
+    return Volume(array, np.diag([-1, -1, 1, 1]))
+
+
+@pytest.mark.parametrize("mirrors", [(), (0, 1)])
+def test_a_field_is_what_is_said_of_its_cells(mirrors):
+    model, field = cell_classifier(score=Score(mirrors=mirrors, window_batch=4)), cells()
+    batches, profiles, seen = [], [], []
+    hooks = [
+        model.network.plane.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))),
+        networks.last_linear(model.network, 2, "").register_forward_pre_hook(lambda _, inputs: profiles.append(inputs[0])),
+    ]
+    found = model.cells(field, features=True)
+    assert batches == [4] * 2 ** len(mirrors) + [2] * 2 ** len(mirrors), "no more than a batch is cut at a time"
+    assert len(found.cells) == len(set(found.cells)) == 6 and "7" not in found.cells, "one lies at the border"
+    ready = preprocess.apply(field, model.spec.preprocess).array
+    for x, y in zip(found.x, found.y, strict=True):
+        i, j = round(x), round(y)
+        seen.append(ready[:, i - 8 : i + 8, j - 8 : j + 8])
+    profiles.clear()
+    by_hand = model.predict_patches(np.stack(seen))
+    np.testing.assert_allclose(found.probabilities, by_hand, atol=1e-5)
+    of_cells = torch.stack([torch.cat(profiles[m :: 2 ** len(mirrors)]) for m in range(2 ** len(mirrors))]).mean(0)
+    probabilities, profile = model.embed(field)
+    np.testing.assert_allclose(profile, np.median(of_cells.numpy(), 0), atol=1e-5)
+    assert probabilities == model.predict(field) and np.asarray(probabilities) == pytest.approx(by_hand.mean(0), abs=1e-5)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_cells_of_a_table_are_given(tmp_path):
+    finder, field = cell_classifier(), cells()
+    found = finder.cells(field)
+    model = cell_classifier(Cells(crops=Crops(size=16)))
+    centres = pd.DataFrame({"cell": found.cells, "x": found.x, "y": found.y})
+    assert model.listed and not finder.listed and model.predict(field, centres) == finder.predict(field)
+    model.save(str(tmp_path))
+    loaded = Model.load(str(tmp_path))
+    assert loaded.spec.cells == model.spec.cells and loaded.predict(field, centres) == finder.predict(field)
+    with pytest.raises(InputError, match="wanted centres with columns cell, x and y"):
+        model.predict(field)
+    with pytest.raises(InputError, match="wanted no centres"):
+        finder.predict(field, centres)
+    spec = models.EnsembleSpec(name="e", task="classification", classes=("dead", "alive"), members=())
+    both = models.Ensemble(spec, [finder, model])
+    assert both.listed and np.asarray(both.predict(field, centres)) == pytest.approx(np.asarray(finder.predict(field)), abs=1e-6)
+    with pytest.raises(InputError, match="cells of its own"):
+        both.cells(field, centres)
+
+
+def test_a_field_that_cannot_be_told_by_its_cells_is_refused():
+    for model, field, reason in (
+        (cell_classifier(), cells(0), "NO_CELLS"),
+        (cell_classifier(FOUND.model_copy(update={"channel": 2})), cells(), "CHANNELS"),
+        (cell_classifier(), cells().with_array(cells().array[:1]), "CHANNELS"),
+    ):
+        with pytest.raises(Refused) as e:
+            model.predict(field)
+        assert e.value.reason == reason
+    with pytest.raises(InputError, match="sees whole images"):
+        classifier().cells(cells())
 
 
 def test_features_of_what_has_none_are_refused():

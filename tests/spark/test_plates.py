@@ -9,13 +9,13 @@ import shutil
 import numpy as np
 import pytest
 import tifffile
-from archives import plate, plate_config
+from archives import CELLS, plate, plate_config
 from formats import test_ome, test_ome_zarr
 
-from sparkmed import config, formats, storage, tables
+from sparkmed import config, dataset, formats, storage, tables
 from sparkmed.formats.instance import VolumeHeader
 from sparkmed.rejection import InputError
-from sparkmed.spark import catalog, volumes
+from sparkmed.spark import catalog, illumination, volumes
 
 pytestmark = pytest.mark.engine
 LINEAGE = {"config_digest": "c", "code_version": "v"}
@@ -189,6 +189,25 @@ def test_what_is_wrong_with_one_well_keeps_no_other_out(spark, tmp_path, archive
 def test_a_channel_that_no_file_has_is_said(spark, tmp_path, archive):
     with pytest.raises(InputError, match=r"no image of the archive is of plates.channels \{'GFP': '5'\}, 32 are of other channels"):
         build(spark, settings_of(tmp_path, plates__channels={"GFP": 5}, plates__nuclei=None))
+
+
+def test_a_table_of_cells_becomes_a_part_of_its_fields(spark, tmp_path, archive, caplog):
+    lines = [f"plate,{row}{column},1,{20 + n},30" for row in "ABCD" for column in (1, 2, 3, 4) for n in (1, 2)]
+    table = archive / "cells.csv"
+    table.write_text("\n".join(["Metadata_Plate,Metadata_Well,Metadata_Site,X,Y", *lines[:-2], "plate,H12,1,1,1"]))
+    settings = settings_of(tmp_path, **CELLS, patches__crops={"size": 12, "table": "cells.csv"})
+    _, rows = build(spark, settings)
+    assert "has none of 1 of 16 fields, and 1 rows of no field" in caplog.text
+    assert dataset.read_centres(rows["B03"]).to_dict("list") == {"cell": ["1", "2"], "x": [21.0, 22.0], "y": [30.0, 30.0]}
+    assert build(spark, settings)[0]["changed"] == 0
+    table.write_text(table.read_text().replace("plate,B3,1,22,30", "plate,B3,1,23,30"))
+    counts, again = build(spark, settings)
+    assert counts["changed"] == 1 and [w for w in rows if rows[w]["uid"] != again[w]["uid"]] == ["B03"]
+    assert illumination.there(again.values())
+    storage.remove(json.loads(again["A01"]["header"])["centres"]["file"])
+    assert not illumination.there(again.values()), "the volumes stage has to make it again"
+    _, plain = build(spark, settings_of(tmp_path, **CELLS))
+    assert plain["B03"]["uid"] not in (rows["B03"]["uid"], again["B03"]["uid"]) and "centres" not in plain["B03"]["header"]
 
 
 def test_what_the_maps_lack_is_said_at_the_door(spark, tmp_path, archive):
