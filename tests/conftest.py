@@ -37,8 +37,10 @@ def spark_cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def spark():
-    """Spark in this process with two task slots."""
+    """Spark in this process with two task slots; its workers have MONAI from their daemon: see :mod:`preloaded`."""
     from sparkmed import config
     from sparkmed.spark import session
 
-    return session.session(config.Spark(master="local[2]", conf={"spark.sql.shuffle.partitions": "4"}), "tests")
+    conf = {"spark.sql.shuffle.partitions": "4", "spark.python.daemon.module": "preloaded"}
+    conf["spark.executorEnv.PYTHONPATH"] = str(pathlib.Path(__file__).parent)
+    return session.session(config.Spark(master="local[2]", conf=conf), "tests")
