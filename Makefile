@@ -1,6 +1,8 @@
 # Two commands: `make demo` and `make test`. `make help` lists the rest.
 .PHONY: help demo test lint horovod environment airflow clean
 .DEFAULT_GOAL := help
+# the tests are some hundred processes: what they import is compiled once
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
