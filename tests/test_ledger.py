@@ -291,6 +291,22 @@ def test_current_predictions_as_csv_and_parquet(project, capsys):
     assert pq.read_table(project / "out.parquet").num_rows == 6
 
 
+def test_an_alias_that_moves_while_a_run_scores_changes_nothing_in_it(project, monkeypatch):
+    settings = settings_of(project, commit_every=2)
+    whole, moved = common.commit_files, []
+
+    def commit(*arguments):
+        done = whole(*arguments)
+        if not moved:
+            moved.append(crown(settings, project, 2))
+        return done
+
+    monkeypatch.setattr(common, "commit_files", commit)
+    assert pipeline.score(settings)["version"] == "1" and tracking.of(settings).champion() == moved[0]
+    assert {r["model_version"] for r in rows_of(settings)} == {"1"} and len(rows_of(settings)) == 6
+    assert {r["model_version"] for r in tables.watch(settings.lake).rows()} == {"1"}, "it is compared with what it was"
+
+
 def test_a_number_is_traced_to_its_files_and_the_training_data(project, capsys):
     settings = settings_of(project)
     pipeline.score(settings)
