@@ -5,7 +5,8 @@ usage: python benchmarks/plates.py [images=1000000]
 Prints one JSON object. The names are those of Opera plates of 384 wells, 9 sites and 5 channels, made up: no file is read.
 ``index`` is ``hcs.fields.assemble`` over all plates by local Spark with two slots whose workers are awake, a plate at a time,
 as the volumes stage calls it; what comes back to the driver here is a count. ``memory`` is the largest resident memory of the
-driver's Python after a tenth of the images and after all of them (VmHWM), in processes of their own.
+driver's Python after a tenth of the images and after all of them (VmHWM), in processes of their own: of this step alone, for the
+volumes stage and those after it hold a row per field on the driver.
 """
 
 import json

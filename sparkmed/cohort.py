@@ -17,7 +17,7 @@ import pandas as pd
 
 from sparkmed import storage
 from sparkmed.config import HEADER_GROUPS, Config, folded
-from sparkmed.formats import segmentation
+from sparkmed.formats import ome_zarr, segmentation
 from sparkmed.formats.instance import VolumeHeader, to_json
 from sparkmed.hcs import crops, fields, platemap
 from sparkmed.imaging import paths, splits
@@ -263,11 +263,11 @@ def _field(header: VolumeHeader, maps: platemap.Maps | None, config: Config, key
     said = {k: v for k, v in vars(entry).items() if v is not None and k not in ("well", "row", "column", "others")}
     header = dataclasses.replace(header, header=to_json(facts | {"treatment": said}))
     name = getattr(entry, plates.target)
-    if name is None or (plates.target == "control" and name not in config.classes):
+    if name not in config.classes:
         return Member(header, subject)
     given = (split for split, wells in plates.splits.items() if any(fnmatch.fnmatchcase(facts["well"], w) for w in wells))
     split = next(given, None) or splits.split_of(subject, config.volumes.splits)
-    return Member(header, subject, split, target=_class_index(name, config))
+    return Member(header, subject, split, target=config.classes.index(name))
 
 
 def plate_maps(config: Config) -> tuple[platemap.Maps | None, list[Rejection]]:
@@ -304,7 +304,9 @@ def plate_tables(config: Config) -> tuple[list[tuple[str, bytes]], bytes | None]
             found.append(storage.join(folder, rest))
             continue
         try:
-            urls = sorted(f.uri for f in storage.walk(folder) if paths.PathPattern(rest).match(f.path) is not None)
+            urls = sorted(
+                f.uri for f in storage.walk(folder, whole=ome_zarr.SUFFIXES) if paths.PathPattern(rest).match(f.path) is not None
+            )
         except FileNotFoundError:
             urls = []
         if not urls:

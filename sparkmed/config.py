@@ -260,7 +260,7 @@ class FieldQuality(Section):
     least_cells: Annotated[int, Field(ge=0)] | None = None
     """``few_cells``: fewer nuclei were found."""
     leave_out: tuple[Literal["saturated", "empty", "blurred", "bright", "few_cells"], ...] = ()
-    """Fields with these flags are not used."""
+    """Fields with these flags have no part in wells, nor in what is estimated of their plate's light and scale."""
 
 
 class Nuclei(Section):
@@ -810,8 +810,9 @@ class Plates(Section):
     nuclei: Nuclei | None = None
     """How nuclei are counted; None: they are not."""
     target: Literal["control", "moa", "compound"] = "control"
-    """What of a plate map is the class of a field. A well whose control type is none of ``classes``, or of which nothing is said,
-    has no label (``volumes.labels.allow_missing``)."""
+    """What of a plate map is the class of a field. A well whose control type, mechanism or compound is none of ``classes``, or of
+    which nothing is said, has no label (``volumes.labels.allow_missing``). With ``compound`` (weak labels) no split may have
+    compounds of its own: ``split_by`` plate, batch or well."""
     split_by: Literal["compound", "plate", "batch", "well"] = "compound"
     """What no split tears: all doses and replicates of a compound together (controls and empty wells by plate), or all of a plate,
     of a batch, or the fields of a well."""

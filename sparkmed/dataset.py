@@ -130,7 +130,8 @@ def version(rows: Sequence[dict], config: Config) -> str:
     if config.preprocess.cascade is not None and not config.preprocess.cascade.digest:
         raise ValueError("preprocess.cascade names no digest: the first model is not pinned")
     volumes = sorted((r["uid"], r["label_uid"], r["target"], r["split"], r["subject"]) for r in rows)
-    settings = (config.preprocess, config.patches, config.seed, config.classes, config.task)
+    patches = config.patches.model_copy(update={"crops": config.cells.crops}) if config.cells else config.patches
+    settings = (config.preprocess, patches, config.seed, config.classes, config.task)
     balanced = [sorted(groups(rows, config).items())] if config.patches.balance else []
     cells = [config.cells] if config.cells else []
     return digest(FORMAT_VERSION, LAYOUT, [list(v) for v in volumes], *settings, *balanced, *cells)[:16]

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
 from sparkmed import dataset, formats, pictures, reasons, scoring, storage, tables, tracking
 from sparkmed.config import Config
@@ -281,8 +282,8 @@ def _examples_section(config: Config, facts: dict, rows: list[dict], evaluated: 
             else {"missing": "No test image could be read."}
         )
     known = {r["volume"]: r for r in evaluated}
-    scored = tables.predictions(config.lake).rows()
-    masks = {r["volume"]: r["mask"] for r in scored if r["model_digest"] == facts["digest"] and r["mask"]}
+    scored = tables.predictions(config.lake).read(["volume", "mask"], pc.field("model_digest") == facts["digest"]).to_pylist()
+    masks = {r["volume"]: r["mask"] for r in scored if r["mask"]}
     shown = []
     for name, row in _chosen([by_uid[u] for u in known], known):
         try:
@@ -301,11 +302,12 @@ def _examples_section(config: Config, facts: dict, rows: list[dict], evaluated: 
 
 def _scored(config: Config) -> dict[str, Any]:
     """What was predicted, by which version, when."""
-    rows = tables.predictions(config.lake).rows()
+    columns = ["model_version", "scored_at", "seconds", "device", "subject", "ml", "probability", "predicted"]
+    rows = tables.predictions(config.lake).read(columns).to_pylist()
     if not rows:
         return {"missing": "No volume has been scored yet: run the score stage after a model is promoted."}
     versions = []
-    for version in sorted({r["model_version"] for r in rows}, key=int):
+    for version in sorted({r["model_version"] for r in rows}, key=lambda v: (len(v), v)):  # numbers, then ensembles
         by = [r for r in rows if r["model_version"] == version]
         times = [r["scored_at"] for r in by]
         versions.append(

@@ -41,6 +41,8 @@ def test_the_whole_path_by_spark_submit(spark_cluster, project):
     lake = str(project / "lake")
     keys = tables.predictions(lake).read(["key"])["key"].to_pylist()
     assert len(keys) == len(set(keys)) == 12
+    look = spark_cluster.submit(JOBS / "watch.py", project / "project.yaml", conf=DAEMON, timeout=400)
+    assert look.returncode == 0 and "alarms none" in look.stdout, look.stdout[-2000:] + look.stderr[-2000:]
     again = spark_cluster.submit(JOBS / "score.py", project / "project.yaml", timeout=400)
     assert "scored 0" in again.stdout, again.stderr[-2000:]
     assert len(tables.predictions(lake).rows()) == 12

@@ -9,6 +9,7 @@ import torch
 import yaml
 from archives import CELLS, plate, plate_config
 from hcs import screens
+from test_jobs import DAEMON, JOBS
 
 import sparkmed
 from sparkmed import PatchLoader, cli, config, dataset, formats, pipeline, storage, tables, tracking
@@ -124,6 +125,17 @@ def test_the_report_shows_the_screen(scored):
 
 
 @engine
+def test_the_job_does_it_on_a_cluster(scored, spark_cluster):
+    settings = settings_of(scored)
+    said = pipeline.screen(settings)
+    before = wells_of(settings)
+    ended = spark_cluster.submit(JOBS / "screen.py", scored / "project.yaml", conf=DAEMON, timeout=400)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    assert f"fields {said['fields']}, wells {said['wells']}" in ended.stdout
+    assert wells_of(settings)["score"].equals(before["score"])
+
+
+@engine
 def test_what_cannot_be_said_is_said(scored, tmp_path, capsys):
     project = scored / "project.yaml"
     settings_of(scored)
@@ -186,6 +198,13 @@ def test_a_champion_of_cells_scores_each_field_once_by_its_cells(of_cells):
         assert written.cell.tolist() == list(found.cells) and set(written.volume) == {r["volume"]}
         np.testing.assert_allclose(written.probability_positive, found.probabilities[:, 1], atol=1e-5)
     assert pipeline.score(of_cells)["scored"] == 0
+
+
+@engine
+def test_channels_in_another_order_are_refused_before_anything_is_scored(of_cells):
+    plates = of_cells.plates.model_copy(update={"channels": of_cells.plates.channels[::-1]})
+    with pytest.raises(InputError, match="finds cells in channel 2, DNA; plates.channels has .'DNA', 'GFP'."):
+        pipeline.score(of_cells.model_copy(update={"plates": plates}))
 
 
 @engine

@@ -26,6 +26,7 @@ from sparkmed import storage
 from sparkmed.formats import zarr_array
 from sparkmed.formats.ome import COLUMNS, ROWS
 from sparkmed.formats.zarr_array import broken, json_object, of_kind, short, understood
+from sparkmed.reasons import PASSING
 from sparkmed.rejection import Refused
 
 SUFFIXES = (".zarr",)
@@ -34,6 +35,8 @@ VERSIONS = {"0.4": 2, "0.5": 3}
 """Of Zarr, by that of OME-NGFF."""
 MOST_IMAGES, MOST_PLANES = 10_000, 100_000
 """Images of a well and planes of an image beyond which they are refused."""
+_FETCHED = 16
+"""Files of metadata that are held at a time."""
 
 _NAME = re.compile(r"[\w+-][\w.+-]*", re.ASCII)
 _PLANE = re.compile(r"([\w.+/-]+)(?:\?([tcz0-9=&]+))?", re.ASCII)
@@ -254,7 +257,7 @@ class Plate:
             with understood("the metadata of the plate"):
                 plate = self._read_plate()
         except Refused as e:
-            if part[0] == 0:
+            if part[0] == 0 or e.reason in PASSING:  # what may pass need not have failed in part 0
                 yield "", e
             return
         if part[0] == 0:
@@ -282,6 +285,9 @@ class Plate:
     def _attributes(self, paths: list[str]) -> list[dict[str, Any] | Refused | None]:
         """OME metadata of groups, why they cannot be read, or None for one that is not there."""
         name = "zarr.json" if self.zarr == 3 else ".zattrs"
+        if len(paths) > _FETCHED:
+            groups = (paths[n : n + _FETCHED] for n in range(0, len(paths), _FETCHED))
+            return [found for some in groups for found in self._attributes(some)]
         try:
             fetched = self.store.fetch([posixpath.join(p, name) for p in paths], zarr_array.MOST_METADATA + 1)
         except Refused as e:
@@ -291,7 +297,8 @@ class Plate:
         found: list[dict[str, Any] | Refused | None] = []
         for data in fetched:
             try:
-                found.append(None if data is None else self._of_group(json_object(data, name)))
+                with understood("the metadata of a group"):
+                    found.append(None if data is None else self._of_group(json_object(data, name)))
             except Refused as e:
                 found.append(e)
         return found

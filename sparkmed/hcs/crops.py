@@ -9,6 +9,7 @@ decides what is cut of it, so it becomes a part of the field when volumes are ma
 
 import dataclasses
 import io
+import itertools
 import math
 import posixpath
 from collections import defaultdict
@@ -140,8 +141,7 @@ def joined(headers: Sequence[VolumeHeader], table: pd.DataFrame, folder: str) ->
         if not members:
             continue
         file = storage.absolute(storage.join(folder, f"{digest([[headers[n].uid, contents[n]] for n in members])[:32]}.parquet"))
-        if not storage.exists(file):
-            _write(pd.concat([by_field[n].assign(field=headers[n].uid) for n in members]), file)
+        _write(pd.concat([by_field[n].assign(field=headers[n].uid) for n in members]), file)  # anew: the vacuum goes by its age
         facts |= {n: {"file": file, "field": headers[n].uid, "cells": len(by_field[n])} for n in members}
     made = [
         dataclasses.replace(h, uid=digest(h.uid, contents[n])[:32], header=to_json(h.facts | {CENTRES: facts[n]}))
@@ -195,6 +195,11 @@ def _of_fields(table: pd.DataFrame, headers: Sequence[VolumeHeader]) -> np.ndarr
     else:
         spelt = {text: _well(text) for text in table["well"].unique()}
         sites = {text: text.lstrip("0") or "0" if text.isdigit() else text for text in table["site"].unique()}
+        if "0" in sites.values() and all(h.facts.get("site", 1) != 0 for h in headers):
+            raise InputError(
+                "table of cells: site 0, and no field is one: sites are counted from 1, of OME-Zarr and OME-TIFF in the order "
+                "of the well's list"
+            )
         names = list(zip(table["plate"], table["well"].map(spelt), table["site"].map(sites), strict=True))
         for n, header in enumerate(headers):
             facts = header.facts
@@ -218,15 +223,30 @@ def read(url: str) -> pd.DataFrame:
     """The centres in a CSV or Parquet file: see :func:`checked`. Raises :class:`InputError`."""
     try:
         data = io.BytesIO(storage.read_bytes(url))
-        table = pd.read_parquet(data) if url.endswith((".parquet", ".pq")) else pd.read_csv(data, dtype=str, encoding="utf-8-sig")
+        if url.endswith((".parquet", ".pq")):
+            there = pq.read_schema(data).names
+            table = pq.read_table(data, columns=list(filter(_is_wanted, there))).to_pandas()
+        else:
+            there = pd.read_csv(data, dtype=str, encoding="utf-8-sig", nrows=0).columns.tolist()
+            data.seek(0)
+            table = pd.read_csv(data, dtype=str, encoding="utf-8-sig", usecols=_is_wanted)
     except OSError as e:
         raise InputError(f"table of cells {url}: {getattr(e, 'strerror', None) or type(e).__name__}") from None
     except (ValueError, pd.errors.ParserError) as e:  # of pandas, and of pyarrow's ArrowInvalid
         raise InputError(f"table of cells {url} is neither CSV nor Parquet ({type(e).__name__})") from None
-    return checked(table, url)
+    return checked(table, url, there)
 
 
-def checked(table: pd.DataFrame, name: str = "table of cells") -> pd.DataFrame:
+def _is_wanted(column: str) -> bool:
+    """Whether a column is one of those that :func:`checked` keeps: CellProfiler's tables have hundreds."""
+    return _plain(column) in {*COLUMNS, *itertools.chain(*FIELD_KEYS)}
+
+
+def _plain(column) -> str:
+    return str(column).strip().lower().removeprefix(_PREFIX)
+
+
+def checked(table: pd.DataFrame, name: str = "table of cells", there: Sequence[str] = ()) -> pd.DataFrame:
     """``table`` with columns ``image``, or ``plate``, ``well`` and ``site``, and ``cell`` (all text), ``x`` and ``y`` (float64,
     pixels along I and J, 0 being the centre of the first).
 
@@ -234,10 +254,11 @@ def checked(table: pd.DataFrame, name: str = "table of cells") -> pd.DataFrame:
     of a field are numbered in the order of their rows, from 1. Raises :class:`InputError` that names the columns or the first row
     that is wrong: no place, one that is no number, a field that is not said, two rows of one cell or at one place.
     """
-    columns = {str(c).strip().lower().removeprefix(_PREFIX): c for c in table.columns}
+    columns = {_plain(c): c for c in table.columns}
     key = next((k for k in FIELD_KEYS if set(k) <= set(columns)), None)
     if key is None or not {"x", "y"} <= set(columns):
-        raise InputError(f"{name}: wanted columns x, y, and image or plate, well and site; got {[str(c) for c in table.columns]}")
+        got = [str(c) for c in (there or table.columns)]
+        raise InputError(f"{name}: wanted columns x, y, and image or plate, well and site; got {got}")
     found = pd.DataFrame({c: table[columns[c]] for c in (*key, "x", "y")}).reset_index(drop=True)
     for c in ("x", "y"):
         found[c] = pd.to_numeric(found[c], errors="coerce").astype(np.float64)

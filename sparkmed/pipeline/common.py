@@ -167,6 +167,13 @@ def _require_model(config: Config, url: str, name: str, digest: str = ""):
             f"{name} was trained on plates whose light or scale was treated in another way than preprocess.illumination and "
             "preprocess.intensity say: put them back, or give the new way a model of its own with tracking.model"
         )
+    names = [channel for channel, _ in config.plates.channels] if config.plates else []
+    for cells in (s.cells for s in models.specs(url) if s.cells is not None and s.cells.nuclei is not None):
+        if names[cells.channel : cells.channel + 1] != [cells.nuclei.channel]:
+            raise InputError(
+                f"{name} finds cells in channel {cells.channel + 1}, {cells.nuclei.channel}; plates.channels has {names}: put them "
+                "back in their order, or give the new one a model of its own with tracking.model"
+            )
     listed = config.cells is not None and config.cells.listed
     if not listed and any(spec.cells is not None and spec.cells.listed for spec in models.specs(url)):
         raise InputError(

@@ -65,8 +65,7 @@ def _screen(config: Config) -> dict:
         "plates": len(plates),
         "hits": int(answers.wells["hit"].eq(True).sum()),
         "z_prime": _rounded(plates["z_prime"].median()),
-        "nsc": _rounded(summary.get("nsc")),
-        "nscb": _rounded(summary.get("nscb")),
+        **{name: _rounded(summary.get(name)) for rule in ("nsc", "nscb", "map") for name in (rule, f"{rule}_cells")},
     }
 
 
@@ -112,9 +111,9 @@ def _examine(config: Config, spark, lineage: dict) -> list[Rejection]:
 
 def _features(config: Config, model_digest: str) -> int:
     """How many features this model's predictions have; 0 where they were not kept."""
-    mine = (pc.field("model_digest") == model_digest) & pc.field("features").is_valid()
-    lengths = pc.unique(pc.list_value_length(tables.predictions(config.lake).read(["features"], mine)["features"])).to_pylist()
-    return lengths[0] if lengths else 0
+    table, mine = tables.predictions(config.lake), (pc.field("model_digest") == model_digest) & pc.field("features").is_valid()
+    keys = table.read(["key"], mine)["key"]
+    return len(table.read(["features"], pc.field("key") == keys[0])["features"][0]) if len(keys) else 0
 
 
 class Answers:
@@ -175,6 +174,8 @@ def _matching(treated: pd.DataFrame, features: list[str], table: pd.DataFrame) -
     """Replicates and nearest-neighbour matching of treatments, of compounds that nothing was trained on."""
     trained = {"compound": set(table.loc[table["split"].isin(TRAINED), "compound"].dropna())}
     treated = treated[treated["compound"].notna() & ~treated["compound"].isin(trained["compound"])]
+    if treated.empty and trained["compound"]:
+        return {"nsc_reason": f"all compounds that are judged are among the {len(trained['compound'])} that were trained on"}
     if treated.empty:
         return {}
     treated = treated.assign(batch=treated["batch"].fillna("one"))

@@ -143,7 +143,7 @@ def _newest(config: Config, volumes: list[dict], champion: ledger.Pinned) -> dic
     last = {r["volume"]: r["scored_at"] for r in sorted(light, key=lambda r: r["scored_at"]) if r["volume"] in known}
     came = last | {u: moment for u, moment in arrivals.remembered(config.lake).items() if u in last}
     chosen = sorted(last, key=lambda u: (came[u], last[u], u))[-config.watch.window :]
-    columns = ["volume", "subject", "ml", "probability", "quantiles", "scored_at"]
+    columns = ["volume", "subject", "ml", "probability", "quantiles", "cells", "scored_at"]
     rows = table.read(columns, mine & pc.field("volume").isin(pa.array(chosen, pa.string()))).to_pylist()
     return {r["volume"]: r for r in sorted(rows, key=lambda r: r["scored_at"])}
 

@@ -19,6 +19,7 @@ from sparkmed.formats.instance import READER, to_json
 from sparkmed.hcs import filenames, indexes
 from sparkmed.identity import fingerprint
 from sparkmed.imaging import splits
+from sparkmed.reasons import PASSING
 from sparkmed.rejection import InputError, Refused, Rejection
 from sparkmed.spark import manifest
 from sparkmed.spark.session import packed
@@ -156,8 +157,8 @@ def _latest_files(spark: SparkSession, lake: str, finished: int | None = None) -
     kept_out = read(spark, tables.quarantine(lake)).where(F.col("stage") == STAGE).where(whole)
     rows = taken.unionByName(kept_out.select(*columns, F.lit("").alias("format"), F.lit(1).alias("refused")))
     per_run = rows.groupBy("container", "run").agg(
-        F.max("file_size").alias("file_size"),
-        F.max("file_mtime_ns").alias("file_mtime_ns"),
+        F.min("file_size").alias("file_size"),  # 0 where a part of it is to be read again
+        F.min("file_mtime_ns").alias("file_mtime_ns"),
         F.sum("refused").alias("refused"),
         F.count("*").alias("members"),
         F.max(F.col("format") == "gone").alias("gone"),
@@ -192,7 +193,9 @@ def _write(files: list[storage.File], lake: str, limits, key: bytes | None, line
         facts = {"path": name, "container": uri, "file_size": file.size, "file_mtime_ns": file.mtime_ns}
         for outcome in read_headers(file, limits):
             if isinstance(outcome, Rejection):
-                refusals.append(quarantine_row(outcome, lineage, **facts))
+                again = file.folder and outcome.reason in PASSING  # a part of many may be missing without a word otherwise
+                size = {"file_size": 0, "file_mtime_ns": 0} if again else {}
+                refusals.append(quarantine_row(outcome, lineage, **facts | size))
             else:
                 subject = outcome.patient and (splits.pseudonym(outcome.patient, key) if key else outcome.patient)
                 rows.append({**outcome.row(), "subject": subject or None, "seen_at": seen_at, **lineage})

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from sparkmed import formats, storage
 from sparkmed.config import Config, FieldQuality, Illumination, Intensity, digest
-from sparkmed.formats import VolumeHeader
+from sparkmed.formats import VolumeHeader, ome_zarr
 from sparkmed.formats.instance import READER, to_json
 from sparkmed.hcs import correction, illumination, image_quality
 from sparkmed.hcs.correction import Correction
@@ -86,7 +86,7 @@ def inputs(config: Config) -> list:
     folder = url.partition("{")[0].rpartition("/")[0]
     pattern = url.removeprefix(f"{folder}/").replace("{plate}", "*").replace("{channel}", "*")
     try:
-        listed = [f for f in storage.walk(folder) if fnmatch.fnmatchcase(f.path, pattern)]
+        listed = [f for f in storage.walk(folder, whole=ome_zarr.SUFFIXES) if fnmatch.fnmatchcase(f.path, pattern)]
     except FileNotFoundError:
         raise InputError(f"illumination.files: {folder} does not exist") from None
     return found + sorted([f.path, f.size, f.mtime_ns] for f in listed)

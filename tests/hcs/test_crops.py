@@ -230,6 +230,23 @@ def test_a_table_is_joined_by_plate_well_and_site(tmp_path):
         crops.listed(made[0])
 
 
+def test_sites_that_are_counted_from_0_are_not_taken_for_the_next_ones(tmp_path):
+    with pytest.raises(InputError, match="site 0, and no field is one"):
+        crops.joined(HEADERS, table(*ROWS, ("P1", "A01", "0", "1", 1, 1)), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_of_a_wide_table_what_is_wanted_is_read(tmp_path, name):
+    wide = table(*ROWS).assign(**{f"Intensity_{n}": "1" for n in range(300)}).rename(columns={"well": "Metadata_Well", "x": " X"})
+    save = wide.to_csv if name.endswith("csv") else wide.to_parquet
+    save(tmp_path / name, index=False)
+    pd.testing.assert_frame_equal(crops.read(str(tmp_path / name)), table(*ROWS))
+    without = wide.drop(columns=" X")
+    (without.to_csv if name.endswith("csv") else without.to_parquet)(tmp_path / name, index=False)
+    with pytest.raises(InputError, match="wanted columns x, y.*Intensity_299"):
+        crops.read(str(tmp_path / name))
+
+
 def test_the_uid_of_a_field_depends_on_its_own_cells_alone(tmp_path):
     made, _ = crops.joined(HEADERS, table(*ROWS), str(tmp_path))
     uids = [h.uid for h in made]

@@ -1,6 +1,7 @@
 """Plates in the catalog and volumes stages: fields, wells and what their map says."""
 
 import collections
+import functools
 import gzip
 import json
 import os
@@ -13,8 +14,9 @@ from archives import CELLS, plate, plate_config
 from formats import test_ome, test_ome_zarr
 
 from sparkmed import config, dataset, formats, storage, tables
+from sparkmed.formats import ome_zarr
 from sparkmed.formats.instance import VolumeHeader
-from sparkmed.rejection import InputError
+from sparkmed.rejection import InputError, Refused
 from sparkmed.spark import catalog, illumination, volumes
 
 pytestmark = pytest.mark.engine
@@ -111,6 +113,38 @@ def test_plates_of_ome_zarr_are_the_plates_of_their_planes(spark, tmp_path, arch
     assert sorted(found) == [(f"zarr://C/1/0/0?c={c}", "MISSING_CHUNK") for c in range(2)]
 
 
+def test_a_plate_of_which_a_part_could_not_be_read_is_read_again(spark, tmp_path, archive, monkeypatch):
+    """A storage that fails in one of the tasks that read a large plate must not lose its wells for good."""
+    settings = settings_of(tmp_path)
+    shutil.rmtree(archive / "images")
+    test_ome_zarr.plate(
+        archive / "images.zarr", "0.5", {f"{r}/{c}": [np.ones((2, 48, 48), np.uint8)] for r in "AB" for c in (1, 2)}
+    )
+    monkeypatch.setattr("sparkmed.formats.archive.PART_BYTES", 2_000)
+    monkeypatch.setattr(
+        catalog, "_read_all", lambda spark, files, write: [write([f]) for f in files]
+    )  # here, where storage can fail
+    update = functools.partial(catalog.update, spark, settings.archive, settings.lake, settings.catalog, None, LINEAGE)
+    whole, first = ome_zarr.Plate._read_plate, []
+
+    def failing(plate):
+        first.append(plate)
+        if len(first) == 2:
+            raise Refused("UNREADABLE", "the storage does not answer")
+        return whole(plate)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ome_zarr.Plate, "_read_plate", failing)
+        counts = update()
+    assert len(first) > 2 and counts["instances"] < 8
+    assert [(r["reason"], r["file_size"]) for r in tables.quarantine(settings.lake).rows() if "zarr" in r["uri"]] == [
+        ("UNREADABLE", 0)
+    ]
+    counts = update()
+    assert (counts["changed"], counts["instances"], counts["refused"]) == (1, 8, 1), "the map is no image"
+    assert update() == counts | {"changed": 0}
+
+
 def test_labels_and_splits_are_those_of_the_plate_map(spark, tmp_path, archive):
     _, rows = build(spark, settings_of(tmp_path))
     found = {w: (r["split"], r["target"]) for w, r in rows.items() if r["split"]}
@@ -118,6 +152,23 @@ def test_labels_and_splits_are_those_of_the_plate_map(spark, tmp_path, archive):
     assert found == {f"{r}0{c}": (split[r], int(c == 4)) for r in "ABCD" for c in (1, 4)}
     treatment = json.loads(rows["C02"]["header"])["treatment"]
     assert (treatment["compound"], round(treatment["concentration"], 3), treatment.get("control")) == ("two", 3.333, None)
+
+
+@pytest.mark.parametrize("target, classes", [("moa", ["first", "second"]), ("compound", ["one", "reference"])])
+def test_what_is_no_class_has_no_label(spark, tmp_path, archive, target, classes):
+    """A compound that is trained on, and one that is kept for later; a number is a name like others, and no class by its place."""
+    lines = (archive / "map.csv").read_text().replace(",two,", ",1,").splitlines()
+    moas = {"one": "first", "1": "1", "reference": "second"}
+    lines = [f"{line},{moas.get(line.split(',')[2], '')}" for line in lines]
+    (archive / "map.csv").write_text("\n".join([f"{lines[0]}moa", *lines[1:]]))
+    changes = {"plates__target": target, "classes": classes, "plates__split_by": "well"}
+    with pytest.raises(InputError, match="label"):
+        build(spark, settings_of(tmp_path, **changes, volumes__labels={"allow_missing": False}))
+    _, rows = build(spark, settings_of(tmp_path, **changes))
+    compounds = {w: json.loads(r["header"])["treatment"].get("compound") for w, r in rows.items()}
+    named = {"one": 0, "reference": 1}
+    assert {w: r["target"] for w, r in rows.items()} == {w: named.get(c) for w, c in compounds.items()}
+    assert {c for c in compounds.values()} >= {"one", "1", "reference"}
 
 
 def test_a_changed_map_makes_the_volumes_anew_and_nothing_else_does(spark, tmp_path, archive):
