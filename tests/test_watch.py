@@ -236,7 +236,9 @@ def test_what_a_champion_said_under_other_settings_is_not_compared(lake):
 def test_fewer_cells_than_the_champion_was_judged_on_are_drift(store, tmp_path):
     lake = Lake(project(store, tmp_path / "lake"))
     tracking.of(lake.settings).crown("1", "by hand")
-    lake.judge([r | {"cells": 100 + n % 9} for n, r in enumerate(lake.add(60, split="test", age=30))])
+    judged = [r | {"cells": 100 + n % 9} for n, r in enumerate(lake.add(60, split="test", age=30))]
+    lake.judge(judged)
+    lake.score([r | {"scored_at": NOW - 20 * DAY} for r in judged])
     lake.score([r | {"cells": 10 + n % 3} for n, r in enumerate(lake.add(60))])
     assert pipeline.watch(lake.settings)["alarms"] == "drift"
     assert {r["figure"] for r in watched(lake, "drift")} == {"cells"}
