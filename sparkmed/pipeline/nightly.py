@@ -66,9 +66,8 @@ def _predict(
     """Files of prediction rows that the executors have written into the ledger's folder, which no commit names yet; refusals."""
     registry, version, settings = champion.registry, champion.version, champion.settings
     segs = folder and scoring.SegFolder(folder, registry.model, version, champion.model_digest, settings)
-    spec = models.read_spec(champion.url)
     with_masks = config.task == "segmentation" and config.score.masks != "seg"
-    with_cells = not isinstance(spec, models.EnsembleSpec) and spec.cells is not None
+    with_cells = not champion.is_ensemble and models.read_spec(champion.url).cells is not None
     model = f"{version}-{champion.model_digest[:8]}"  # a registry that was made anew counts its versions from 1 again
     place = scoring.cells_path if with_cells else scoring.mask_path
     paths = {r["uid"]: place(registry.model, model, settings, r["subject"], r["uid"]) for r in batch.values()}

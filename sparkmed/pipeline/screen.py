@@ -173,11 +173,11 @@ def _spearman(of: pd.DataFrame) -> float:
 def _matching(treated: pd.DataFrame, features: list[str], table: pd.DataFrame) -> dict[str, Any]:
     """Replicates and nearest-neighbour matching of treatments, of compounds that nothing was trained on."""
     trained = {"compound": set(table.loc[table["split"].isin(TRAINED), "compound"].dropna())}
-    treated = treated[treated["compound"].notna() & ~treated["compound"].isin(trained["compound"])]
-    if treated.empty and trained["compound"]:
-        return {"nsc_reason": f"all compounds that are judged are among the {len(trained['compound'])} that were trained on"}
+    named = treated[treated["compound"].notna()]
+    treated = named[~named["compound"].isin(trained["compound"])]
     if treated.empty:
-        return {}
+        reason = f"the model was trained on all {named['compound'].nunique()} compounds that are judged"
+        return {} if named.empty else {"nsc_reason": reason}
     treated = treated.assign(batch=treated["batch"].fillna("one"))
     replicating = hits.reproducibility(treated, features, ["compound", "concentration"])
     out: dict[str, Any] = {"percent_replicating": replicating.percent, "replicates_judged": replicating.judged}

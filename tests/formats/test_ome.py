@@ -151,15 +151,20 @@ def test_broken_xml_is_refused(tmp_path, what):
     assert headers == [] and [r.reason for r in refused] == ["BROKEN_PICTURE"]
 
 
-def test_every_cut_and_flip_is_refused_or_read(tmp_path):
-    data, array = tiff(xml(image(c=2)), 2)
+def damaged(data: bytes, cuts: int, flips: int) -> list[bytes]:
+    """``data`` cut off anywhere, and with one bit turned."""
     draw = np.random.default_rng(0)
-    damaged = [data[:n] for n in draw.integers(0, len(data), 60)]
-    for _ in range(120):
+    made = [data[:n] for n in draw.integers(0, len(data), cuts)]
+    for _ in range(flips):
         other = bytearray(data)
         other[draw.integers(0, len(data))] ^= 1 << draw.integers(0, 8)
-        damaged.append(bytes(other))
-    for some in damaged:
+        made.append(bytes(other))
+    return made
+
+
+def test_every_cut_and_flip_is_refused_or_read(tmp_path):
+    data, array = tiff(xml(image(c=2)), 2)
+    for some in damaged(data, 60, 120):
         try:
             found = [raster.read_array(pages(some).page(n)) for n in pages(some).numbers]
         except Refused:

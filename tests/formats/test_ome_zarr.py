@@ -23,6 +23,8 @@ from sparkmed.formats import archive, raster, zarr_array
 from sparkmed.hcs import fields
 from sparkmed.rejection import Refused, Rejection
 
+from .test_ome import damaged
+
 VERSIONS = ["0.4", "0.5"]
 UNITS = {"t": "second", "z": "micrometer", "y": "micrometer", "x": "micrometer"}
 KINDS = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
@@ -628,14 +630,7 @@ def test_zstd_that_does_not_say_how_long_it_is(tmp_path):
 
 def test_every_cut_and_flip_of_a_plane_is_refused_or_read(tmp_path):
     path = small(tmp_path, "0.5", compressors=[BloscCodec(), Crc32cCodec()])
-    data = listed(path)[0].read()
-    draw = np.random.default_rng(0)
-    damaged = [data[:n] for n in draw.integers(0, len(data), 40)]
-    for _ in range(80):
-        other = bytearray(data)
-        other[draw.integers(0, len(data))] ^= 1 << draw.integers(0, 8)
-        damaged.append(bytes(other))
-    for some in damaged:
+    for some in damaged(listed(path)[0].read(), 40, 80):
         try:
             raster.read_header(io.BytesIO(some), len(some), "zarr")
             assert raster.read_array(some).ndim == 4
